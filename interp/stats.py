@@ -1,4 +1,4 @@
-"""Metrics, clustered bootstrap, permutation nulls, paired comparisons.
+"""Metrics, clustered bootstrap, paired comparisons.
 
 A figure that does not exist (a correlation with a constant, pairs where there are none) is None, or NaN
 inside an array; never 0. `groups` holds one integer code per row, equal for the completions of one prompt.
@@ -27,20 +27,19 @@ import numpy as np
 from interp import InterpError
 
 ROUNDING = 1e-10  # differences below this share of the largest value are arithmetic, not signal
-MIN_BLOCKS = 10  # a prompt size with fewer prompts than this has too few blocks to exchange
 
 Estimate = tuple[float | None, list[float] | None]
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson's r of x [n] and y [n]; None when either is constant or n < 3."""
-    x, y = _vectors(x, y)
+    x, y = finite_vectors(x, y)
     return _or_none(pearson_columns(x, y)[0])
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
     """Spearman's rho of x [n] and y [n] (ties share their mean rank); None as for `pearson`."""
-    x, y = _vectors(x, y)
+    x, y = finite_vectors(x, y)
     return _or_none(pearson_columns(_ranks(x), _ranks(y))[0]) if len(x) else None
 
 
@@ -49,7 +48,7 @@ def partial_pearson(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> float | None
 
     None when z leaves nothing of either, or leaves fewer than 3 rows' worth of freedom (n - rank(z) < 3).
     """
-    x, y, *controls = _vectors(x, y, *np.atleast_2d(np.asarray(z, dtype=float).T))
+    x, y, *controls = finite_vectors(x, y, *np.atleast_2d(np.asarray(z, dtype=float).T))
     if len(x) < 3:
         return None
     # Of one size first: least squares drops directions that are small beside the largest column's.
@@ -85,8 +84,8 @@ def within_columns(y: np.ndarray, p: np.ndarray, groups: np.ndarray) -> np.ndarr
 def centre_within(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """x, [n] or [n, T], minus the mean of its prompt's rows; same shape."""
     x = np.asarray(x, dtype=float)
-    codes, counts = _codes(groups, len(x))
-    means = (_sums(x, codes).T / counts).T
+    codes, counts = prompt_codes(groups, len(x))
+    means = (prompt_sums(x, codes).T / counts).T
     return x - means[codes]
 
 
@@ -99,7 +98,7 @@ def pair_accuracy(
     ratings never make a pair): the share ordered rightly, a tie in p counting one half; per prompt, then the
     mean over the prompts that have such a pair.
     """
-    y, p = _vectors(y, p)
+    y, p = finite_vectors(y, p)
     per_prompt, pairs = _prompt_accuracy(y, p, groups, min_gap)
     return (float(np.nanmean(per_prompt)), pairs) if pairs else (None, 0)
 
@@ -123,10 +122,10 @@ def metrics(
     `prediction - centre` is constant. Intervals: the module's docstring; `draws=0` leaves them out.
     Raises InterpError on rows that do not match, are not finite, or are none.
     """
-    y, prediction, centre = _vectors(y, prediction, centre)
+    y, prediction, centre = finite_vectors(y, prediction, centre)
     if not len(y):
         raise InterpError("metrics: found 0 rows, expected at least one; check what was filtered out")
-    codes, counts = _codes(groups, len(y))
+    codes, counts = prompt_codes(groups, len(y))
     weights = _with_sample(cluster_weights(groups, draws, seed))
     signal = _signal(prediction, centre)
     accuracies, pairs = _prompt_accuracy(y, prediction, groups, min_gap)
@@ -141,7 +140,7 @@ def metrics(
         "between": _estimate(_between(weights, y, signal, codes, counts), everyone),
         "within": _estimate(_within(weights, y, signal, groups), several),
     }
-    flat = {key: v for name, pair in estimates.items() for key, v in zip((name, f"{name}_ci"), pair)}
+    flat = {key: v for name, pair in estimates.items() for key, v in zip((name, f"{name}_ci"), pair, strict=True)}
     return {**flat, "pairs": pairs}
 
 
@@ -162,8 +161,8 @@ def pearson_intervals(
     y: np.ndarray, p: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """(low [T], high [T]): the interval of Pearson's r of y [n] with each column of p [n, T]; NaN where none."""
-    y, p = _vectors(y)[0], _table(p)
-    codes, counts = _codes(groups, len(y))
+    y, p = finite_vectors(y)[0], _table(p)
+    codes, counts = prompt_codes(groups, len(y))
     weights = _with_sample(cluster_weights(groups, draws, seed)).astype(float)
     found = [_estimate(_regression(weights, y, column, codes)[0], len(counts))[1] for column in p.T]
     bounds = np.array([[np.nan, np.nan] if ci is None else ci for ci in found])
@@ -184,8 +183,8 @@ def paired_pearson_difference(
 
     All [n], as in `metrics`. (None, None) where either r does not exist.
     """
-    y, a, b, centre_a, centre_b = _vectors(y, a, b, centre_a, centre_b)
-    codes, counts = _codes(groups, len(y))
+    y, a, b, centre_a, centre_b = finite_vectors(y, a, b, centre_a, centre_b)
+    codes, counts = prompt_codes(groups, len(y))
     weights = _with_sample(cluster_weights(groups, draws, seed))
     r_a, r_b = (_regression(weights, y, _signal(*side), codes)[0] for side in ((a, centre_a), (b, centre_b)))
     return _estimate(r_a - r_b, len(counts))
@@ -201,85 +200,14 @@ def paired_accuracy_difference(
     min_gap: float = 1.0,
 ) -> Estimate:
     """Within-prompt accuracy of a [n] minus that of b [n], and its interval over the same resamples."""
-    y, a, b = _vectors(y, a, b)
+    y, a, b = finite_vectors(y, a, b)
     weights = _with_sample(cluster_weights(groups, draws, seed))
     gain = np.subtract(*(_prompt_accuracy(y, side, groups, min_gap)[0] for side in (a, b)))
     return _estimate(_mean_defined(weights, gain), _defined(gain))
 
 
-def permute_across(y: np.ndarray, groups: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Null A: ratings y [n] permuted across prompts -> [n, draws], keeping the ratings of a prompt together.
-
-    Prompts of equal size exchange whole blocks of ratings, and rows are shuffled inside each block. Sizes
-    with fewer than 10 prompts exchange prompt means across all of those prompts and shuffle the deviations
-    within. For many rows call it with fewer draws at a time: the memory is about four results.
-    """
-    (y,) = _vectors(y)
-    codes, counts = _codes(groups, len(y))
-    sharing = np.bincount(counts)[counts]  # for each prompt: how many prompts have its size
-    exchanged = np.empty((len(y), draws))
-    by_prompt, starts = np.argsort(codes, kind="stable"), np.cumsum(counts) - counts
-    for size in np.unique(counts[sharing >= MIN_BLOCKS]):
-        rows = by_prompt[starts[counts == size][:, None] + np.arange(size)]
-        taken = rows[_permutations(len(rows), draws, rng)]  # prompt draw row-of-block
-        exchanged[rows] = y[taken].transpose(0, 2, 1)
-    few = np.flatnonzero(sharing < MIN_BLOCKS)
-    if len(few):
-        means = _sums(y, codes) / counts
-        moved = np.zeros((len(counts), draws))
-        moved[few] = means[few][_permutations(len(few), draws, rng)]
-        rows = np.flatnonzero(sharing[codes] < MIN_BLOCKS)
-        exchanged[rows] = (y - means[codes])[rows, None] + moved[codes[rows]]
-    return _shuffle_within(exchanged, codes, rng)
-
-
-def permute_within(y: np.ndarray, groups: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Null B: ratings y [n] shuffled among the rows of each prompt -> [n, draws]."""
-    (y,) = _vectors(y)
-    return _shuffle_within(np.broadcast_to(y[:, None], (len(y), draws)), _codes(groups, len(y))[0], rng)
-
-
-def max_t_p(observed: np.ndarray, null: np.ndarray) -> tuple[float | None, np.ndarray]:
-    """p of the best of many cells, corrected for having looked at all, and z [cells] = r / sd_null(cell).
-
-    `observed` [cells] is each cell's r on the real labels, `null` [cells, draws] on permuted ones, computed
-    alike. The statistic is the maximum of z over cells, and p the share of draws (the real labels counted as
-    one more) whose maximum reaches it: (1 + #{null maximum >= observed maximum}) / (1 + draws). Cells with a
-    NaN, or whose null does not vary, are left out (z is NaN); p is None when none is left.
-    Raises InterpError below 2 draws or where the shapes differ.
-    Source: Westfall & Young (1993), Resampling-Based Multiple Testing; the 1 +: Phipson & Smyth (2010).
-    """
-    observed, null = np.asarray(observed, dtype=float), np.asarray(null, dtype=float)
-    if null.ndim != 2 or null.shape[0] != len(observed) or null.shape[1] < 2:
-        raise InterpError(
-            f"max_t_p: found a null of shape {null.shape} for {len(observed)} cells, "
-            "expected [cells, draws] with at least 2 draws; raise the number of draws"
-        )
-    usable = np.isfinite(observed) & np.isfinite(null).all(axis=1)
-    usable[usable] = np.ptp(null[usable], axis=1) > ROUNDING * np.abs(null[usable]).max(axis=1)
-    z = np.full(len(observed), np.nan)
-    if not usable.any():
-        return None, z
-    sd = null[usable].std(axis=1, ddof=1)
-    z[usable] = observed[usable] / sd
-    best, peaks = z[usable].max(), (null[usable] / sd[:, None]).max(axis=0)
-    # A permutation that returns the real labels must count as reaching them, whatever the order of its sums.
-    reached = int((peaks >= best - ROUNDING * abs(best)).sum())
-    return (1 + reached) / (1 + null.shape[1]), z
-
-
-def control_ratings(groups: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The control task: one random rating per prompt for all its rows [n], drawn from the prompts' means.
-
-    Drawn with replacement. What a probe scores on it, it owes to its own capacity: Hewitt & Liang (2019).
-    """
-    (y,) = _vectors(y)
-    codes, counts = _codes(groups, len(y))
-    return rng.choice(_sums(y, codes) / counts, size=len(counts))[codes]
-
-
-def _vectors(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The arrays as float64 [n]; raises InterpError unless they are finite and of one length."""
+def finite_vectors(*arrays: np.ndarray) -> list[np.ndarray]:
+    """The arrays as float64 [n]; InterpError unless they are finite, have one dimension and one length."""
     vectors = [np.asarray(array, dtype=float) for array in arrays]
     shapes = {vector.shape for vector in vectors}
     if len(shapes) > 1 or vectors[0].ndim != 1:
@@ -299,7 +227,7 @@ def _table(x: np.ndarray) -> np.ndarray:
     return x[:, None] if x.ndim == 1 else x
 
 
-def _codes(groups: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def prompt_codes(groups: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompt codes 0 ... prompts - 1 [n], and rows per prompt [prompts]; InterpError unless n is `rows`."""
     if np.shape(groups) != (rows,):
         raise InterpError(
@@ -310,7 +238,7 @@ def _codes(groups: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return codes, counts
 
 
-def _sums(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def prompt_sums(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Sums over each prompt's rows: [n, ...] -> [prompts, ...]; `codes` leave out no prompt."""
     order = np.argsort(codes, kind="stable")
     starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
@@ -376,7 +304,7 @@ def _prompt_accuracy(
     y: np.ndarray, p: np.ndarray, groups: np.ndarray, min_gap: float
 ) -> tuple[np.ndarray, int]:
     """Share of rightly ordered pairs of each prompt [prompts], NaN where it has no pair; number of pairs."""
-    codes, counts = _codes(groups, len(y))
+    codes, counts = prompt_codes(groups, len(y))
     left, right = _pairs(codes, counts)
     # Ratings a whole step apart may differ by a hair less (4.1 - 3.1 < 1); a prediction that is the same for
     # all completions of a prompt may differ by a hair between rows of a matrix product.
@@ -387,21 +315,6 @@ def _prompt_accuracy(
     total = np.bincount(where, minlength=len(counts))
     wins = np.bincount(where, weights=right_order, minlength=len(counts))
     return _ratio(wins, total, total > 0), int(kept.sum())
-
-
-def _permutations(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Random orders of 0 ... count - 1, one per column: [count, draws]."""
-    return np.argsort(rng.random((count, draws)), axis=0)
-
-
-def _shuffle_within(values: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each column of values [n, draws] with the rows of each prompt in a random order."""
-    # Sorting by code plus a random fraction shuffles every prompt at once; a fraction below 1/2 cannot round
-    # up into the next code.
-    order = np.argsort(codes[:, None] + rng.random(values.shape) / 2, axis=0)
-    shuffled = np.empty(values.shape)
-    shuffled[np.argsort(codes, kind="stable")] = np.take_along_axis(values, order, axis=0)
-    return shuffled
 
 
 def _with_sample(weights: np.ndarray) -> np.ndarray:
@@ -423,7 +336,7 @@ def _moments(weights: np.ndarray, a: np.ndarray, b: np.ndarray, codes: np.ndarra
     """
     a, b = _deviations(a), _deviations(b)
     columns = np.column_stack([np.ones(len(a)), a, b, a * b, a * a, b * b])
-    n, sum_a, sum_b, ab, aa, bb = _weighted(weights, _sums(columns, codes)).T
+    n, sum_a, sum_b, ab, aa, bb = _weighted(weights, prompt_sums(columns, codes)).T
     var_a, var_b = _flush(aa - sum_a**2 / n, aa), _flush(bb - sum_b**2 / n, bb)
     return ab - sum_a * sum_b / n, var_a, var_b
 
@@ -440,12 +353,12 @@ def _regression(weights: np.ndarray, y: np.ndarray, x: np.ndarray, codes: np.nda
 def _between(
     weights: np.ndarray, y: np.ndarray, x: np.ndarray, codes: np.ndarray, counts: np.ndarray
 ) -> np.ndarray:
-    mean_y, mean_x = (_flush(_sums(v, codes) / counts, _size(v)) for v in (y, x))
+    mean_y, mean_x = (_flush(prompt_sums(v, codes) / counts, _size(v)) for v in (y, x))
     return _regression(weights, mean_y, mean_x, np.arange(len(counts)))[0]
 
 
 def _within(weights: np.ndarray, y: np.ndarray, x: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    codes, counts = _codes(groups, len(y))
+    codes, counts = prompt_codes(groups, len(y))
     if len(y) - len(counts) < 2:
         return np.full(len(weights), np.nan)
     own_y, own_x = (_flush(centre_within(v, groups), _size(v)) for v in (y, x))
@@ -458,7 +371,7 @@ def _errors(
     """MAE, RMSE (rating points) and R2 about the resample's own mean, [draws] each."""
     error = prediction - y
     columns = np.column_stack([np.ones(len(y)), np.abs(error), error**2])
-    n, absolute, squared = _weighted(weights, _sums(columns, codes)).T
+    n, absolute, squared = _weighted(weights, prompt_sums(columns, codes)).T
     _, total, _ = _moments(weights, y, y, codes)
     r2 = 1 - _ratio(squared, total, total > 0)
     return {"mae": absolute / n, "rmse": np.sqrt(squared / n), "r2": r2}

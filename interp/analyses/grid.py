@@ -15,6 +15,7 @@ from interp import InterpError, baselines, chat, crossval, data, probes, stats
 from interp import positions as pos
 from interp.activations import Activations, check_layers, record
 from interp.artifacts import content_key, versions
+from interp.nulls import control_ratings, max_t_p, permute_across, permute_within
 
 if TYPE_CHECKING:
     from interp.chat import Encoded, Encoder
@@ -207,10 +208,10 @@ class _Nulls:
     def draw(cls, labels: _Labels, settings: Settings) -> _Nulls:
         rng = np.random.default_rng([settings.seed, 1])
         y, groups = labels.y, labels.groups
-        across = stats.permute_across(y, groups, settings.draws, rng)
-        within = stats.permute_within(y, groups, settings.draws, rng)
-        control = stats.control_ratings(groups, y, rng)
-        nested = stats.permute_across(y, groups, settings.nested_draws, rng) if settings.nested_draws else None
+        across = permute_across(y, groups, settings.draws, rng)
+        within = permute_within(y, groups, settings.draws, rng)
+        control = control_ratings(groups, y, rng)
+        nested = permute_across(y, groups, settings.nested_draws, rng) if settings.nested_draws else None
         return cls(probes.Permutations(across, within, groups), control, np.empty((len(y), 0)) if nested is None else nested)
 
 
@@ -317,8 +318,8 @@ def _null(labels: _Labels, grid: ProbeGrid, nulls: _Nulls) -> dict[str, Any]:
         nested_p = (1 + sum(r is not None and r >= observed for r in found)) / (1 + draws)
     return {
         "draws": grid.null.across.shape[1],
-        "corrected_p": stats.max_t_p(grid.null.observed, grid.null.across)[0],
-        "within_corrected_p": stats.max_t_p(grid.null.observed_within, grid.null.within)[0],
+        "corrected_p": max_t_p(grid.null.observed, grid.null.across)[0],
+        "within_corrected_p": max_t_p(grid.null.observed_within, grid.null.within)[0],
         "nested_p": nested_p,
         "nested_draws": draws,
         "control_pearson": control,
