@@ -187,7 +187,7 @@ def _narrow(rated: RatedSet, rows: int | None, seed: int, balanced: bool) -> Rat
 
 DATASETS = {
     "pocketfeedback": Source(
-        "the shipped set: prompts with four rated completions", "as the project", (1, 10)
+        "the shipped set: prompts with four rated completions", "MIT", (1, 10)
     ),
     "ultrafeedback": Source(
         "UltraFeedback: 64k prompts, four completions each, rated by GPT-4",
