@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interp import InterpError, console
+from interp import console
 from interp.positions import POSITIONS
 
 app = typer.Typer(
@@ -64,7 +64,7 @@ def data_command(
 
     out = console.Console(as_json, quiet)
     rated = _rated(source, columns, scale, rows, balance, split, seed)
-    facts = {"command": "data", "data": rated.name, "seed": seed, **data.summary(rated), "assumptions": list(rated.notes)}
+    facts = out.envelope("data", rated.name, None, seed=seed, **data.summary(rated), assumptions=list(rated.notes))
     out.notes(rated.notes)
     views.show_data(out, facts)
     out.json(facts)
@@ -167,7 +167,7 @@ def score(
     from interp.analyses import scoring
 
     if bool(text) == bool(source):
-        raise InterpError("give either --text (and --prompt) or a file of conversations")
+        raise typer.BadParameter("give either --text (and --prompt) or a file of conversations")
     rows = data.load_texts(source, columns=data.parse_columns(columns) if columns else None) if source else [
         {"prompt": prompt, "completion": completion} for completion in text or ()
     ]  # fmt: skip
@@ -178,7 +178,7 @@ def score(
     if text and not prompt:
         notes.append("no --prompt: the text is scored as the reply to an empty message")
     out.notes(notes)
-    facts = {"command": "score", "model": subject.name, "probe": where, **result.facts, "assumptions": notes}
+    facts = out.envelope("score", source, subject.name, probe=where, **result.facts, assumptions=notes)
     views.show_scores(out, facts)
     out.json(facts)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +73,7 @@ class Console:
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         from rich.console import Console as Rich
 
-        self.as_json, self.quiet = as_json, quiet
+        self.as_json, self.quiet, self.began = as_json, quiet, time.perf_counter()
         self.err = Rich(stderr=True, quiet=quiet, highlight=False)
         self.out = Rich(quiet=as_json, highlight=False)
 
@@ -92,7 +93,7 @@ class Console:
 
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(column, justify="left" if i == 0 or not column else "right", overflow="fold")
         for row in rows:
             table.add_row(*map(_plain, row))
         self.out.print(table)
@@ -101,6 +102,14 @@ class Console:
         """The one object of `--json`."""
         if self.as_json:
             print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+    def envelope(self, command: str, data: str | None, model: str | None, **facts: Any) -> dict[str, Any]:
+        """The keys that every command's JSON object has, filled in for one that makes no run."""
+        from interp.artifacts import versions
+
+        seconds = {"total": round(time.perf_counter() - self.began, 2)}
+        common = {"command": command, "model": model, "data": data, "seed": None, "versions": versions(), "seconds": seconds}
+        return {**common, "run_dir": None, "figures": [], "assumptions": [], **facts}
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:

@@ -74,6 +74,8 @@ def find_probe(
     if given is not None:
         path = Path(given)
         path = path / "probe.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            raise InterpError(f"there is no probe at {path}; give a run's folder or a probe.safetensors")
         probe = Probe.load(path)
         if len(probe.direction) != subject.d_model:
             width = f"{len(probe.direction)} wide, {subject.name} is {subject.d_model}"

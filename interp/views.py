@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interp.console import Console
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
-
-
 def number(value: float | None, digits: int = 2) -> str:
     """A figure, or a dash where it does not exist."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -74,21 +71,33 @@ def _grid_line(facts: dict[str, Any]) -> str:
 
 def show_data(out: Console, facts: dict[str, Any]) -> None:
     """A set's counts and distributions."""
-    simple = [(k.replace("_", " "), v) for k, v in facts.items() if isinstance(v, (int, float, str)) and k != "command"]
-    out.table(("set", facts["data"]), [(k, f"{v:.3g}" if isinstance(v, float) else str(v)) for k, v in simple if k != "data"])
-    for name, value in facts.items():
-        if isinstance(value, dict) and value:
-            _show_mapping(out, name.replace("_", " "), value)
+    per_prompt = ", ".join(f"{size} ({count} prompts)" for size, count in facts["completions_per_prompt"].items())
+    low, high = facts["scale"]
+    score = facts["score"]
+    lines = [
+        ("rows", str(facts["rows"])),
+        ("prompts", str(facts["prompts"])),
+        ("completions per prompt", per_prompt),
+        (f"rating, {low:g} to {high:g}", f"mean {number(score['mean'])}, sd {number(score['sd'])}"),
+        ("sd of the prompts' means", number(score["sd_prompt_means"])),
+        *[(name, _quantiles(facts[name])) for name in ("words", "characters")],
+        ("rank correlation of length and rating", number(facts["length_rating_spearman"])),
+        ("duplicates", str(facts["duplicates"])),
+        ("skipped rows", ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"),
+    ]
+    out.table(("set", facts["data"]), lines)
+    _bars(out, "rating (rounded)", facts["ratings"])
+    for name, counts in facts["counts"].items():
+        _bars(out, name, counts)
 
 
-def _show_mapping(out: Console, name: str, value: dict[str, Any]) -> None:
-    counts = all(isinstance(v, int) for v in value.values())
-    top = max(value.values()) if counts else 0
-    rows = []
-    for key, v in value.items():
-        bar = "█" * round(24 * v / top) if counts and top else ""
-        rows.append((str(key), f"{v:.2f}" if isinstance(v, float) else str(v), bar))
-    out.table((name, "count" if counts else "value", ""), rows)
+def _quantiles(values: dict[str, float]) -> str:
+    return f"{values['min']:.0f} to {values['max']:.0f}, median {values['median']:.0f}"
+
+
+def _bars(out: Console, name: str, counts: dict[str, int]) -> None:
+    top = max(counts.values(), default=1)
+    out.table((name, "rows", ""), [(key, str(n), "█" * round(24 * n / top)) for key, n in counts.items()])
 
 
 def show_scores(out: Console, facts: dict[str, Any]) -> None:
