@@ -31,6 +31,7 @@ ORDER = (
     "interp.crossval",
     "interp.baselines",
     "interp.probes",
+    "interp.analyses.findings",
     "interp.analyses.grid",
     "interp.analyses.grid_plot",
     "interp.analyses.scoring",

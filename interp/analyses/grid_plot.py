@@ -1,4 +1,4 @@
-"""The figures of `probe`: the grid, r by layer, predictions against ratings, the probe against its baselines."""
+"""The figures of `probe`: the grid, r by layer, predictions against ratings, probe against baselines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp import data, figures, stats
+from interp.figures import Axis
 
 if TYPE_CHECKING:
     import altair as alt
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
 LAYER = "layer (residual stream entering block l)"
 R = "held-out Pearson r"
+BOUNDS = ("low", "high")
+MOST_DOTS = 5000  # in a scatter; more only make it slow and dark
+MOST_COUNTS = 12  # above the bins; more would overlap
 NAMES = {
     "log_length": "log length",
     "surface": "surface features",
-    "tfidf_prompt": "TF-IDF of prompt",
+    "tfidf_prompt": "TF-IDF prompt",
     "tfidf_words": "TF-IDF words",
     "tfidf_characters": "TF-IDF characters",
     "embedding": "token embeddings",
@@ -27,10 +31,10 @@ NAMES = {
     "stack_and_probe": "all baselines + probe",
 }
 TENTHS = tuple(f"d{k}" for k in range(1, 11))
-#: Panels of r by layer; positions that are not named here (integers) get one of their own.
+#: Panels of r by layer; positions that are not named here (integers) get panels of four lines.
 PANELS = {
-    "prompt end and first token": ("prompt_end", "first"),
-    "tenths of the completion": TENTHS,
+    "end of the prompt and first token": ("prompt_end", "first"),
+    "tenths of the completion (later ones lighter)": TENTHS,
     "end of the completion": ("last", "turn_end", "end"),
     "mean over the completion": ("mean",),
 }
@@ -53,22 +57,22 @@ def mean_by_rating(result: GridResult, draws: int = 2000, seed: int = 0) -> list
     Halves are rounded upwards (`data.rounded`). `low` and `high` are None where fewer than two prompts have
     the rating or fewer than half of the draws do, as in `stats`.
     """
-    ratings = data.rounded(np.asarray(result.rows["score"]))
-    prediction = np.asarray(result.rows["prediction"], float)
+    values, bins = np.unique(data.rounded(np.asarray(result.rows["score"])), return_inverse=True)
     prompts, codes = np.unique(result.rows["prompt_id"], return_inverse=True)
+    sums, counts = (np.zeros((len(prompts), len(values))) for _ in range(2))
+    np.add.at(sums, (codes, bins), np.asarray(result.rows["prediction"], float))
+    np.add.at(counts, (codes, bins), 1)
     weights = stats.cluster_weights(codes, draws, seed)
+    # Some draws at a time: as floats, the weights of many prompts do not fit.
+    blocks = np.array_split(weights, 1 + weights.size // 2**24)
+    drawn = np.concatenate([block.astype(float) @ np.hstack([sums, counts]) for block in blocks])
     found = []
-    for rating in np.unique(ratings):
-        rows = ratings == rating
-        total = np.bincount(codes[rows], prediction[rows], len(prompts))
-        count = np.bincount(codes[rows], minlength=len(prompts))
-        drawn = weights @ count
-        usable = drawn > 0
-        ci = None
-        if np.count_nonzero(count) >= 2 and 2 * usable.sum() >= draws:
-            ci = np.percentile((weights @ total)[usable] / drawn[usable], [2.5, 97.5]).tolist()
-        mean = float(prediction[rows].mean())
-        found.append({"rating": int(rating), "mean": mean, **_bounds(ci), "n": int(rows.sum())})
+    for k, rating in enumerate(values.tolist()):
+        total, number = drawn[:, k], drawn[:, len(values) + k]
+        usable, n = number > 0, int(counts[:, k].sum())
+        enough = np.count_nonzero(counts[:, k]) > 1 and 2 * usable.sum() >= max(draws, 1)
+        ci = np.percentile(total[usable] / number[usable], [2.5, 97.5]).tolist() if enough else None
+        found.append({"rating": rating, "mean": float(sums[:, k].sum() / n), **_bounds(ci), "n": n})
     return found
 
 
@@ -80,45 +84,47 @@ def grid(facts: dict[str, Any]) -> alt.TopLevelMixin:
     values = [c["r"] for c in cells]
     chart = figures.heatmap(
         cells,
-        x="layer",
-        y="position",
-        value="r",
-        x_title=_layer_title(facts),
-        y_title="position",
-        value_title="held-out r",
-        # 0 is always on the scale and .2 is never its brightest colour's worth of noise.
-        domain=figures.nice_domain(values, step=0.05, include=(0, 0.2)),
+        x=Axis("layer", _layer_title(facts)),
+        y=Axis("position", "position"),
+        # With 0 and .2 always on the scale, noise around 0 looks like noise.
+        value=Axis("r", "held-out r", figures.nice_domain(values, step=0.05, include=(0, 0.2))),
         x_ticks=_ticks(facts["layers"]),
         marked=best,
-        marked_label=f"chosen: layer {best[0]}, {best[1]}, r = {_number(at_best)}",
+        marked_label=f"chosen: layer {best[0]}, position {best[1]}, r = {_number(at_best)}",
     )
+    held = facts["heldout"]
+    nested = f"cell chosen in training folds: r\u00a0=\u00a0{_estimate(held['pearson'], held['pearson_ci'])}"
     missing = "; grey: no estimate" if None in values else ""
-    title = f"Where the rating can be read: {facts['model']} on {facts['data']}"
-    return figures.style(chart, title=title, subtitle=f"{_size(facts)}{missing}", offset=24)
+    return figures.style(
+        chart,
+        title=f"Where the rating can be read: {_subject(facts)}",
+        subtitle=f"{_size(facts)}; {nested}{missing}",
+    )
 
 
 def layers(facts: dict[str, Any]) -> alt.TopLevelMixin:
     """r by layer for each position with its 95% band, against the best baseline and all of them together."""
     import altair as alt
 
+    if len(facts["layers"]) == 1:
+        return _one_layer(facts)
     cells, references = list(_cells(facts)), _references(facts)
-    drawn = [c[key] for c in cells for key in ("r", "low", "high")]
+    drawn = [c[key] for c in cells for key in ("r", *BOUNDS)]
     domain = figures.nice_domain(drawn, step=0.1, include=(0, *(r.value for r in references)))
-    panels = _panels(facts["positions"])
+    ends, panels = (min(facts["layers"]), max(facts["layers"])), _panels(facts["positions"])
     charts = [
         figures.lines_with_bands(
             [c for c in cells if c["position"] in names],
-            x="layer",
-            y="r",
-            low="low",
-            high="high",
+            x=Axis("layer", _layer_title(facts) if title == list(panels)[-1] else "", ends),
+            y=Axis("r", "held-out r", domain),
+            band=BOUNDS,
             series="position",
-            x_title=_layer_title(facts) if title == list(panels)[-1] else "",
-            y_title="held-out r",
-            y_domain=domain,
             references=references,
             sequential=names[0] in TENTHS,
+            # Ten bands and names on one another show nothing: the first and last tenth stand for them.
+            shown=(names[0], names[-1]) if len(names) > 4 else None,
             title=title,
+            height=115 if len(panels) > 1 else 200,
         )
         for title, names in panels.items()
     ]
@@ -129,59 +135,77 @@ def layers(facts: dict[str, Any]) -> alt.TopLevelMixin:
     )
 
 
+def _one_layer(facts: dict[str, Any]) -> alt.TopLevelMixin:
+    """The same where one layer makes no line: a dot and whisker for each position and reference."""
+    rows = [{**cell, "colour": figures.BLUE} for cell in _cells(facts)]
+    for name in _reference_names(facts):
+        values = facts["baselines"][name]
+        bounds = _bounds(values["pearson_ci"])
+        rows.append(
+            {"position": NAMES.get(name, name), "r": values["pearson"], **bounds, "colour": figures.MUTED}
+        )
+    drawn = [row[key] for row in rows for key in ("r", *BOUNDS)]
+    chart = figures.intervals(
+        rows,
+        x=Axis("r", R, figures.nice_domain(drawn, step=0.1, include=(0,))),
+        whisker=BOUNDS,
+        label="position",
+        colour="colour",
+        reference=0,
+        width=270,
+    )
+    return figures.style(
+        chart,
+        title=f"Held-out r at layer {facts['layers'][0]}: {_subject(facts)}",
+        subtitle=f"{_size(facts)}; bars: 95% intervals over prompts; grey: text baselines",
+    )
+
+
 def scatter(result: GridResult) -> alt.TopLevelMixin:
-    """Held-out prediction against rating, a dot per row; whole ratings are spread sideways to be seen."""
-    facts, rows = result.facts, result.rows
-    scores = np.asarray(rows["score"], float)
-    step = _step(scores)
-    shift = np.random.default_rng(0).uniform(-0.35, 0.35, len(scores)) * step
-    points = [
-        {"rating": score, "at": score + by, "prediction": prediction}
-        for score, by, prediction in zip(scores, shift, rows["prediction"], strict=True)
-    ]
+    """Held-out prediction against rating, a dot per row; the few ratings of a set are jittered to be seen.
+
+    Of more than `MOST_DOTS` rows as many are drawn, chosen at random.
+    """
+    facts, rng = result.facts, np.random.default_rng(0)
+    scores, prediction = (np.asarray(result.rows[name], float) for name in ("score", "prediction"))
+    step, n = _step(scores), len(scores)
+    shown = np.sort(rng.permutation(n)[:MOST_DOTS])
+    at = scores + step * rng.uniform(-0.35, 0.35, n)
+    points = [{"rating": scores[i], "at": at[i], "prediction": prediction[i]} for i in shown]
     x_domain, y_domain = _rating_domains(facts, [p["prediction"] for p in points])
     chart = figures.scatter(
         points,
-        x="at",
-        y="prediction",
-        x_title=_rating(facts),
-        y_title="held-out prediction (rating points)",
-        x_domain=x_domain,
-        y_domain=y_domain,
+        x=Axis("at", _rating(facts), x_domain),
+        y=Axis("prediction", "held-out prediction (rating points)", y_domain),
         identity=True,
     )
     held = facts["heldout"]
-    r = f"r = {_estimate(held['pearson'], held['pearson_ci'])}"
-    spread = "; ratings spread sideways" if step else ""
+    r = f"r\u00a0=\u00a0{_estimate(held['pearson'], held['pearson_ci'])}"
+    notes = "; ratings are jittered" if step else ""
+    notes += f"; {MOST_DOTS:,} rows drawn" if n > MOST_DOTS else ""
     return figures.style(
         chart,
         title=f"Held-out prediction against rating: {_subject(facts)}",
-        subtitle=f"{r}; {_size(facts)}; dashed: prediction = rating{spread}",
+        subtitle=f"{r}; {_size(facts)}; dashed: prediction\u00a0=\u00a0rating{notes}",
     )
 
 
 def by_rating(result: GridResult) -> alt.TopLevelMixin:
     """Mean held-out prediction by rounded rating with 95% intervals over prompts."""
     facts, bins = result.facts, mean_by_rating(result)
-    x_domain, y_domain = _rating_domains(facts, [b[key] for b in bins for key in ("mean", "low", "high")])
+    x_domain, y_domain = _rating_domains(facts, [b[key] for b in bins for key in ("mean", *BOUNDS)])
     chart = figures.binned_means(
         bins,
-        x="rating",
-        mean="mean",
-        low="low",
-        high="high",
-        count="n",
-        x_title=f"{_rating(facts)}, rounded",
-        y_title="mean held-out prediction (rating points)",
-        x_domain=x_domain,
-        y_domain=y_domain,
+        x=Axis("rating", f"{_rating(facts)}, rounded", x_domain),
+        y=Axis("mean", "mean held-out prediction (rating points)", y_domain),
+        whisker=BOUNDS,
+        count="n" if len(bins) <= MOST_COUNTS else None,
         identity=True,
     )
     return figures.style(
         chart,
         title=f"Mean held-out prediction by rating: {_subject(facts)}",
-        subtitle="bars: 95% intervals over prompts; n: rows; dashed: prediction = rating",
-        offset=22,
+        subtitle=f"bars: 95% intervals over {facts['prompts']:,} prompts; dashed: prediction\u00a0=\u00a0rating",
     )
 
 
@@ -190,37 +214,27 @@ def baselines(facts: dict[str, Any]) -> alt.TopLevelMixin:
     import altair as alt
 
     rows = _compared(facts)
-    shared: dict[str, Any] = {"label": "name", "colour": "colour"}
-    r = figures.intervals(
-        rows,
-        value="pearson",
-        low="pearson_low",
-        high="pearson_high",
-        x_title=R,
-        domain=figures.nice_domain(_all(rows, "pearson"), step=0.1, include=(0,)),
-        reference=0,
-        **shared,
-    )
-    charts = [r]
+    panels = [("pearson", R, 0.0)]
     if any(row["accuracy"] is not None for row in rows):
-        accuracy = figures.intervals(
+        panels.append(("accuracy", "within-prompt accuracy", 0.5))
+    charts = [
+        figures.intervals(
             rows,
-            value="accuracy",
-            low="accuracy_low",
-            high="accuracy_high",
-            x_title="within-prompt accuracy",
-            domain=figures.nice_domain(_all(rows, "accuracy"), step=0.1, include=(0.5,)),
-            reference=0.5,
-            labels=False,
-            **shared,
+            x=Axis(name, title, figures.nice_domain(_all(rows, name), step=0.1, include=(chance,))),
+            whisker=(f"{name}_low", f"{name}_high"),
+            label="name",
+            colour="colour",
+            reference=chance,
+            labels=name == "pearson",
         )
-        charts.append(accuracy)
-    added = facts["added_value"]
+        for name, title, chance in panels
+    ]
+    gain = _estimate(facts["added_value"]["pearson"], facts["added_value"]["pearson_ci"], sign="+")
     return figures.style(
         alt.hconcat(*charts, spacing=14),
         title=f"The probe against text baselines: {_subject(facts)}",
         subtitle=f"{_size(facts)}; bars: 95% intervals over prompts; dashed: chance. "
-        f"The probe adds {_estimate(added['pearson'], added['pearson_ci'], sign='+')} to the r of all baselines.",
+        f"Added by the probe to all baselines: r {gain}",
     )
 
 
@@ -246,8 +260,8 @@ def _number(value: float | None, sign: str = "") -> str:
 
 
 def _estimate(value: float | None, ci: Sequence[float] | None, sign: str = "") -> str:
-    """"0.51 [0.46, 0.55]"."""
-    between = f" [{_number(ci[0], sign)}, {_number(ci[1], sign)}]" if ci is not None else ""
+    """Value and interval as in 0.51 [0.46, 0.55], with spaces that do not break."""
+    between = f"\u00a0[{_number(ci[0], sign)},\u00a0{_number(ci[1], sign)}]" if ci is not None else ""
     return _number(value, sign) + between
 
 
@@ -273,20 +287,28 @@ def _ticks(layers: Sequence[int]) -> list[int]:
 
 def _panels(positions: Sequence[str]) -> dict[str, list[str]]:
     """Panel titles and the positions of this run that stand in each."""
-    known = {name for names in PANELS.values() for name in names}
-    wanted = {**PANELS, "completion tokens": [p for p in positions if p not in known]}
-    panels = {title: [p for p in positions if p in names] for title, names in wanted.items()}
+    panels = {title: [p for p in positions if p in names] for title, names in PANELS.items()}
+    known = {name for names in panels.values() for name in names}
+    tokens = [p for p in positions if p not in known]
+    for four in (tokens[i : i + 4] for i in range(0, len(tokens), 4)):
+        panels[f"completion token {', '.join(four)}"] = four
     return {title: names for title, names in panels.items() if names}
 
 
-def _references(facts: dict[str, Any]) -> list[figures.Reference]:
+def _reference_names(facts: dict[str, Any]) -> list[str]:
     """The best baseline and the stack of all, where they have an r."""
-    table, best = facts["baselines"], facts["best_baseline"]
-    chosen = [(best, (6, 3)), ("stack", (1.5, 2.5))]
+    table = facts["baselines"]
+    chosen = [facts["best_baseline"], "stack"]
+    return [name for name in chosen if name is not None and table[name]["pearson"] is not None]
+
+
+def _references(facts: dict[str, Any]) -> list[figures.Reference]:
+    dashes = {"stack": (1.5, 2.5)}
     return [
-        figures.Reference(table[name]["pearson"], NAMES.get(name, name), dash)
-        for name, dash in chosen
-        if name is not None and table[name]["pearson"] is not None
+        figures.Reference(
+            facts["baselines"][name]["pearson"], NAMES.get(name, name), dashes.get(name, (6, 3))
+        )
+        for name in _reference_names(facts)
     ]
 
 
@@ -296,7 +318,9 @@ def _step(scores: np.ndarray) -> float:
     return float(apart.min()) if len(apart) and len(apart) <= 20 else 0.0
 
 
-def _rating_domains(facts: dict[str, Any], drawn: Sequence[float | None]) -> tuple[figures.Domain, figures.Domain]:
+def _rating_domains(
+    facts: dict[str, Any], drawn: Sequence[float | None]
+) -> tuple[figures.Domain, figures.Domain]:
     """The scale with a margin for x; for y the scale, and whatever is predicted beyond it."""
     low, high = facts["scale"]
     return (low - 0.5, high + 0.5), figures.nice_domain(drawn, step=1, include=(low, high))
