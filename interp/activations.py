@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from interp import InterpError
 from interp import positions as pos
-from interp.artifacts import content_key, load_json, open_tensors, save_json, save_tensors, versions, workspace
+from interp.artifacts import FORMAT, content_key, load_json, open_tensors, save_json, save_tensors, versions, workspace
 from interp.capture import (
     SITES,
     PositionSink,
@@ -72,17 +72,21 @@ class Activations:
     @classmethod
     def open(cls, folder: Path) -> Activations:
         """The recording in `folder`. InterpError when it is missing or incomplete."""
-        facts = load_json(folder / "manifest.json")
-        return cls(
-            folder,
-            facts["site"],
-            tuple(facts["layers"]),
-            tuple(facts["positions"]),
-            facts["rows"],
-            facts["d_model"],
-            facts["n_layers"],
-            tuple(facts["shards"]),
-        )
+        path = folder / "manifest.json"
+        facts = load_json(path)
+        try:
+            return cls(
+                folder,
+                facts["site"],
+                tuple(facts["layers"]),
+                tuple(facts["positions"]),
+                facts["rows"],
+                facts["d_model"],
+                facts["n_layers"],
+                tuple(facts["shards"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InterpError(f"{path} is no recording's manifest ({error}): delete its folder and run again") from None
 
     def hook_name(self, layer: int) -> str:
         return hook_name(self.site, layer, self.n_layers)
@@ -90,13 +94,24 @@ class Activations:
     def _path(self, shard: Shard) -> Path:
         return self.folder / f"shard-{shard['name']}.safetensors"
 
+    def _key(self, layer: int) -> str:
+        if layer not in self.layers:
+            raise InterpError(f"layer {layer} is not in {self.folder}; it holds {', '.join(map(str, self.layers))}")
+        return f"layer.{layer}"
+
     def cells(self, layer: int, names: Sequence[str]) -> Iterator[tuple[str, Float[Tensor, "row d_model"]]]:
-        """(position, values) of one layer for each of `names`, rows in the set's order."""
+        """(position, values) of one layer for each of `names`, rows in the set's order.
+
+        InterpError for a layer or position that was not recorded.
+        """
         import torch
 
+        key = self._key(layer)
+        if missing := [n for n in names if n not in self.positions or n == TOKENS]:
+            raise InterpError(f"position {missing[0]!r} is not in {self.folder}; it holds {', '.join(self.positions)}")
         with ExitStack() as stack:
-            readers = [(s["rows"], stack.enter_context(open_tensors(self._path(s)))) for s in self.shards]
-            slices = [(rows, reader.get_slice(f"layer.{layer}")) for rows, reader in readers]
+            readers = [(s["rows"], stack.enter_context(open_tensors(self._path(s), key))) for s in self.shards]
+            slices = [(rows, reader.get_slice(key)) for rows, reader in readers]
             for name in names:
                 index = self.positions.index(name)
                 out: Tensor | None = None
@@ -113,12 +128,13 @@ class Activations:
 
     def tokens(self, layer: int, row: int) -> Float[Tensor, "token d_model"]:
         """Every token of one row (of a recording with `positions="tokens"`)."""
+        key = self._key(layer)
         for shard in self.shards:
             if row in shard["rows"]:
                 at = shard["rows"].index(row)
-                with open_tensors(self._path(shard)) as opened:
+                with open_tensors(self._path(shard), "offsets") as opened:
                     low, high = opened.get_tensor("offsets")[at : at + 2].tolist()
-                    return opened.get_slice(f"layer.{layer}")[low:high]
+                    return opened.get_slice(key)[low:high]
         raise InterpError(f"row {row} is not in {self.folder}; it holds rows 0 to {self.rows - 1}")
 
     @cached_property
@@ -126,7 +142,7 @@ class Activations:
         """Mean, minimum and last-token log-probability of each completion, in nats."""
         out = np.empty((self.rows, 3))
         for shard in self.shards:
-            with open_tensors(self._path(shard)) as opened:
+            with open_tensors(self._path(shard), "surprise") as opened:
                 out[shard["rows"]] = opened.get_tensor("surprise").numpy()
         return out
 
@@ -186,6 +202,16 @@ class Recording:
     def path(self, shard: Shard) -> Path:
         return self.folder / f"shard-{shard['name']}.safetensors"
 
+    def fits(self, shard: Shard, subject: Subject) -> bool:
+        """Write a shard; False when memory ran out, with all that the attempt held let go."""
+        try:
+            self.write(shard, subject)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            return False
+        return True
+
     def write(self, shard: Shard, subject: Subject) -> None:
         """Run one shard through the model and write its file."""
         rows = [self.rows[i] for i in shard["rows"]]
@@ -205,7 +231,14 @@ class Recording:
             tensors["offsets"] = torch.from_numpy(sink.offsets)
         save_tensors(self.path(shard), tensors, {"rows": shard["rows"]})
 
-    def _run(self, subject: Subject, rows, batches, sink, surprise) -> None:  # noqa: ANN001 - see write
+    def _run(
+        self,
+        subject: Subject,
+        rows: Sequence[Encoded],
+        batches: Sequence[Sequence[int]],
+        sink: PositionSink | TokenSink,
+        surprise: Surprise | None,
+    ) -> None:
         import torch
 
         with torch.inference_mode():
@@ -217,6 +250,14 @@ class Recording:
                 run_bridge(subject, rows, batches, names, sink)
                 if surprise:
                     run_shared(subject, rows, batches, None, surprise)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Torch has a class of its own for this on CUDA only; a processor and mps raise a RuntimeError that says so."""
+    import torch
+
+    told = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error).lower() for t in told)
 
 
 def record(
@@ -237,10 +278,11 @@ def record(
     `positions="tokens"` keeps every token. `surprise` adds the completions' log-probabilities from the same
     pass. `workers` jobs run side by side (default: a processor's cores, else one). `progress(done, total)`
     counts tokens. An interrupted recording resumes; the bytes are those of an uninterrupted one.
+    InterpError for a layer, position or site that does not exist, or a row without one of the positions.
     """
     if not rows:
         raise InterpError("there are no rows to record: every row was skipped, or the set is empty")
-    names = (TOKENS,) if positions == TOKENS else tuple(positions)
+    names = _check_positions(positions, rows)
     chosen = check_layers(layers, subject, site)
     base = workspace(workspace_dir) / "activations" / _key(subject, rows, site)
     if (found := _recorded(base, chosen, names, surprise)) is not None:
@@ -251,6 +293,8 @@ def record(
     _run_plan(job, plan, workers or _default_workers(subject), progress)
     shards = load_json(folder / "plan.json")
     facts = {
+        "format": FORMAT,
+        "key": f"{base.name}/{folder.name}",
         "site": site,
         "layers": chosen,
         "positions": names,
@@ -268,10 +312,23 @@ def record(
     return Activations.open(folder)
 
 
+def _check_positions(positions: Sequence[str] | str, rows: Sequence[Encoded]) -> tuple[str, ...]:
+    if positions == TOKENS:
+        return (TOKENS,)
+    names = pos.parse(positions if isinstance(positions, str) else ",".join(positions))
+    if short := [i for i, row in enumerate(rows) if not pos.has(row, names)]:
+        raise InterpError(
+            f"row {short[0]} and {len(short) - 1} more are too short for positions {', '.join(names)}; leave them out"
+        )
+    return names
+
+
 def check_layers(layers: Sequence[int] | None, subject: Subject, site: str) -> tuple[int, ...]:
     """The layers to read: all of the site's, or those given, checked."""
     if site not in SITES:
         raise InterpError(f"site {site!r} is unknown; choose from {', '.join(SITES)}")
+    if layers is not None and not len(layers):
+        raise InterpError("no layer is asked for; give numbers, or None for all")
     count = subject.n_layers + (site == "resid")
     for layer in layers or ():
         if not 0 <= layer < count:
@@ -293,7 +350,9 @@ def parse_layers(text: str, subject: Subject, site: str = "resid") -> tuple[int,
         except ValueError:
             found = []
         if not found:
-            raise InterpError(f"--layer {text!r} is not understood; use `all`, `last`, or 0 to {count - 1} as in 0,8,16-24")
+            raise InterpError(
+                f"--layer {text!r} is not understood; use `all`, `last`, or 0 to {count - 1} as in 0,8,16-24"
+            )
     return check_layers(found, subject, site)
 
 
@@ -350,18 +409,15 @@ def _run_plan(job: Recording, plan: list[Shard], workers: int, progress: Callabl
 
     def work(shard: Shard) -> None:
         nonlocal done
-        if not job.path(shard).is_file():
-            try:
-                job.write(shard, local.subject)
-            except (torch.OutOfMemoryError, MemoryError):
-                halves = split(shard, job.rows)
-                with lock:
-                    at = next(i for i, s in enumerate(plan) if s["name"] == shard["name"])
-                    plan[at : at + 1] = halves
-                    save_json(job.folder / "plan.json", plan)
-                for half in halves:
-                    work(half)
-                return
+        if not (job.path(shard).is_file() or job.fits(shard, local.subject)):
+            halves = split(shard, job.rows)
+            with lock:
+                at = next(i for i, s in enumerate(plan) if s["name"] == shard["name"])
+                plan[at : at + 1] = halves
+                save_json(job.folder / "plan.json", plan)
+            for half in halves:
+                work(half)
+            return
         with lock:
             done += sum(job.rows[i].length for i in shard["rows"])
             if progress:

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+#: Read once: the mask can be read only by setting it, for the whole process, and threads write files here.
+UMASK = _umask()
+
+
 def content_key(**facts: Any) -> str:
     """16 hex digits that name these facts: equal facts, equal key. Values must be JSON."""
     canonical = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=True)
@@ -46,19 +56,17 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes the file private; an artifact is as readable as any file its owner makes.
-        os.chmod(temporary, 0o666 & ~_umask())
+        _settle(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _settle(path: Path) -> None:
+    """Flush a file to disk; make it as readable as any file its owner makes (mkstemp's are private)."""
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+    os.chmod(path, 0o666 & ~UMASK)
 
 
 @contextmanager
@@ -68,7 +76,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        os.chmod(temporary, 0o777 & ~UMASK)
+        for made in temporary.rglob("*"):
+            if made.is_file():
+                _settle(made)
         if path.exists():
             # Incomplete, or made meanwhile by another process with the same key: the same content.
             shutil.rmtree(path)
@@ -81,7 +92,8 @@ def save_json(path: Path, value: Any) -> Path:
     """Write `value` as indented JSON, atomically. NaN is refused: a missing figure is null."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A lone surrogate (half an emoji in somebody's data) becomes the JSON escape \udXXX, and reads back as it was.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -106,8 +118,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any] |
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """safetensors' memory-mapped reader of `path`; InterpError naming a missing or foreign file."""
+def open_tensors(path: Path, needs: str | None = None) -> Iterator[Any]:
+    """safetensors' memory-mapped reader of `path`; InterpError naming a missing or foreign file.
+
+    `needs` is the name of a tensor without which the file is not the one that was meant.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -117,6 +132,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except SafetensorError as error:
         raise InterpError(f"{path} is truncated or no safetensors file ({error}): delete it and run again") from None
     with reader as opened:
+        if needs is not None and needs not in opened.keys():  # noqa: SIM118 - no dict: a reader has no __contains__
+            raise InterpError(f"{path} holds no {needs!r}: delete it and run again")
         yield opened
 
 
@@ -124,7 +141,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of a file written by `save_tensors` or by anyone's safetensors."""
     with open_tensors(path) as opened:
         metadata = opened.metadata() or {}
-        return {k: opened.get_tensor(k) for k in opened.keys()}, json.loads(metadata.get("facts", "{}"))
+        names = opened.keys()
+        return {k: opened.get_tensor(k) for k in names}, json.loads(metadata.get("facts", "{}"))
 
 
 def versions() -> dict[str, str]:

@@ -98,7 +98,8 @@ def surface(rows: Rows, _learn: np.ndarray) -> np.ndarray:
 def _tfidf(texts: Sequence[str], learn: np.ndarray, options: dict[str, Any]) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000, dtype=np.float32, **options)
+    options = {"dtype": np.float32, **options}
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_features=50_000, **options)
     try:
         vectorizer.fit([t for t, keep in zip(texts, learn, strict=True) if keep])
     except ValueError:  # no word occurs twice: there is nothing to learn from
@@ -150,9 +151,10 @@ def evaluate(name: str, rows: Rows, y: np.ndarray, assignment: np.ndarray) -> Ou
         cell = _cached(rows, (name, assignment.tobytes()), lambda: _dense(x, assignment))
         return crossval.nested(lambda _fold: cell, y, assignment)
 
-    def without(fold: int) -> Cell:
+    def without(fold: int) -> Cell | None:
         key = (name, assignment.tobytes(), fold)
-        return _cached(rows, key, lambda: _sparse(features(rows, assignment != fold), assignment))
+        learn = assignment != fold
+        return _cached(rows, key, lambda: _sparse(features(rows, learn), learn, assignment))
 
     return crossval.nested(without, y, assignment)
 
@@ -163,7 +165,7 @@ def _cached(rows: Rows, key: Any, make: Callable[[], Any]) -> Any:
     return rows.cache[key]
 
 
-def _dense(x: Any, assignment: np.ndarray) -> Cell:
+def _dense(x: Any, assignment: np.ndarray) -> Cell | None:
     import torch
 
     from interp import ridge
@@ -171,23 +173,24 @@ def _dense(x: Any, assignment: np.ndarray) -> Cell:
     return ridge.cell(torch.as_tensor(x).float(), ridge.Folds.of(assignment))
 
 
-def _sparse(x: Any, assignment: np.ndarray) -> Cell:
+def _sparse(x: Any, learn: np.ndarray, assignment: np.ndarray) -> Cell | None:
     """Rows of unit norm, not standardised: a rare word must not weigh as much as a common one."""
     import torch
 
     from interp import ridge
 
+    known = None if x is None else x[learn]
+    if known is None or not (known.max(axis=0) - known.min(axis=0)).max() > 0:
+        return None  # no words, or the same in every row
     folds = ridge.Folds.of(assignment)
-    if x is None:
-        return _dense(np.zeros((len(assignment), 1)), assignment)
+    # Rows without a known word have norm 0; the mean is over the rows that may be learned from.
+    x = x * (KERNEL_SCALE / known.multiply(known).sum(1).mean()) ** 0.5
     if x.shape[0] <= KERNEL_ROWS:
-        kernel = torch.from_numpy((x @ x.T).toarray()).float()
-        return ridge.HatCell.of_kernel(kernel * (KERNEL_SCALE / kernel.diagonal().mean().clamp(min=1e-6)), folds)
+        return ridge.HatCell.of_kernel(torch.from_numpy((x @ x.T).toarray()).float(), folds)
     from sklearn.decomposition import TruncatedSVD
 
-    reduced = TruncatedSVD(SVD_DIMENSIONS, random_state=0).fit_transform(x)
-    scaled = torch.from_numpy(reduced).float() * KERNEL_SCALE**0.5
-    return ridge.GramCell.of(scaled, folds)
+    reduction = TruncatedSVD(min(SVD_DIMENSIONS, x.shape[1]), random_state=0).fit(x[learn])
+    return ridge.GramCell.of(torch.from_numpy(reduction.transform(x)).float(), folds)
 
 
 #: `constant` has no features: it is the mean of the training rows.

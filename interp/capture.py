@@ -3,7 +3,7 @@
 Each distinct prompt passes through the model once and its completions continue from its key-value cache, so
 every token of a rated set (four completions a prompt) is computed once. Prompts are padded on the left and
 completions on the right: a row's real tokens stay contiguous, which sliding-window attention needs, and the
-attention mask is always given.
+attention mask is always given. Models that keep a running state instead of keys and values read whole rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp import InterpError
 from interp import positions as pos
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from torch import Tensor
-    from transformers import DynamicCache
+    from transformers import DynamicCache, PreTrainedTokenizerBase
 
     from interp.chat import Encoded
     from interp.models import Subject
@@ -105,7 +107,7 @@ class PositionSink:
         self.rows, self.owner = stage.rows.to(device), stage.owner.to(device)
         self.direct = torch.equal(stage.owner, torch.arange(len(stage.owner)))
 
-    def __call__(self, layer: int, hidden: Tensor) -> None:
+    def __call__(self, layer: int, hidden: Float[Tensor, "sequence token d_model"]) -> None:
         if not len(self.columns):
             return
         served = hidden if self.direct else hidden[self.owner]
@@ -121,20 +123,18 @@ class TokenSink:
         import torch
 
         self.index = {layer: i for i, layer in enumerate(layers)}
-        self.offsets = np.concatenate([[0], np.cumsum([row.length for row in rows])])
+        self.offsets = np.cumsum([0, *(row.length for row in rows)])
         self.values = torch.zeros(len(layers), int(self.offsets[-1]), like.d_model, device=like.device)
 
     def begin(self, stage: Stage) -> None:
         import torch
 
-        spans = [
-            torch.arange(self.offsets[row] + low, self.offsets[row] + high)
-            for row, (low, high) in zip(stage.rows.tolist(), stage.parts, strict=True)
-        ]
+        starts = self.offsets[stage.rows.tolist()].tolist()
+        spans = [torch.arange(s + low, s + high) for s, (low, high) in zip(starts, stage.parts, strict=True)]
         self.target = torch.cat(spans).to(self.values.device)
         self.owner, self.mask = stage.owner.to(self.values.device), stage.mask.to(self.values.device)
 
-    def __call__(self, layer: int, hidden: Tensor) -> None:
+    def __call__(self, layer: int, hidden: Float[Tensor, "sequence token d_model"]) -> None:
         self.values[self.index[layer], self.target] = hidden[self.owner][self.mask].float()
 
 
@@ -146,7 +146,7 @@ class Surprise:
         self.rows = rows
         self.found: list[list[Tensor]] = [[] for _ in rows]
 
-    def __call__(self, stage: Stage, hidden: Tensor) -> None:
+    def __call__(self, stage: Stage, hidden: Float[Tensor, "sequence token d_model"]) -> None:
         """Read the last hidden states (after the final norm) of one forward call."""
         import torch
 
@@ -168,19 +168,22 @@ class Surprise:
             self.found[row].append(part)
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Float[Tensor, "row 3"]:
         import torch
 
         rows = [torch.cat(parts) for parts in self.found]
         return torch.stack([torch.stack([r.mean(), r.min(), r[-1]]) for r in rows])
 
 
-def pad(sequences: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
-    """(ids, mask) [sequence, token] int64, padded on `side`."""
+def pad(
+    sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, side: str
+) -> tuple[Int[Tensor, "sequence token"], Int[Tensor, "sequence token"]]:
+    """(ids, mask), padded on `side`; the padding's id does not matter, since it is masked."""
     import torch
 
+    fill = tokenizer.pad_token_id
     width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), fill)
+    ids = torch.full((len(sequences), width), fill if isinstance(fill, int) else 0)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
         place = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
@@ -199,10 +202,24 @@ def prompt_groups(rows: Sequence[Encoded]) -> dict[tuple[int, ...], list[int]]:
 
 def _select(cache: DynamicCache, owner: Tensor) -> DynamicCache:
     """The cache of the sequences `owner`, in that order; the given cache stays as it is."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    import torch
+
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     chosen = copy.deepcopy(cache, {id(t): t for t in tensors})
     chosen.batch_select_indices(owner)
     return chosen
+
+
+def keeps_keys(subject: Subject) -> bool:
+    """Whether every block keeps keys and values, so that completions can continue from their prompt's cache.
+
+    State-space and linear-attention blocks keep a running state, into which left padding would enter.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+    layers = DynamicCache(config=subject.config).layers
+    return all(isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
 
 
 def run_shared(
@@ -219,26 +236,32 @@ def run_shared(
     """
     import torch
 
-    device, fill = subject.device, subject.tokenizer.pad_token_id or 0
+    if not keeps_keys(subject):
+        for stage, ids, mask in whole_rows(subject, rows, batches):
+            if begin:
+                begin(stage)
+            out = subject.body(ids, attention_mask=mask, use_cache=False)
+            if after:
+                after(stage, out.last_hidden_state)
+        return
+    device = subject.device
     groups = prompt_groups(rows)
     owner = torch.empty(len(rows), dtype=torch.long)
     for number, members in enumerate(groups.values()):
         owner[members] = number
-    ids, mask = pad(list(groups), fill, "left")
+    ids, mask = pad(list(groups), subject.tokenizer, "left")
     ends = mask.sum(1)
     parts = tuple((0, row.start) for row in rows)
     stage = Stage(torch.arange(len(rows)), owner, mask[owner].bool(), parts)
     if begin:
         begin(stage)
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    out = subject.body(
-        ids.to(device), attention_mask=mask.to(device), position_ids=places.to(device), use_cache=True
-    )
+    out = subject.body(ids.to(device), attention_mask=mask.to(device), position_ids=places.to(device), use_cache=True)
     if after:
         after(stage, out.last_hidden_state)
     for batch in batches:
         chosen = torch.tensor(list(batch))
-        ids, own = pad([rows[i].ids[rows[i].start :] for i in batch], fill, "right")
+        ids, own = pad([rows[i].ids[rows[i].start :] for i in batch], subject.tokenizer, "right")
         whole = torch.cat([mask[owner[chosen]], own], 1)
         places = ends[owner[chosen], None] + torch.arange(ids.shape[1])
         parts = tuple((rows[i].start, rows[i].length) for i in batch)
@@ -256,6 +279,19 @@ def run_shared(
             after(stage, continued.last_hidden_state)
 
 
+def whole_rows(
+    subject: Subject, rows: Sequence[Encoded], batches: Sequence[Sequence[int]]
+) -> Iterator[tuple[Stage, Int[Tensor, "sequence token"], Int[Tensor, "sequence token"]]]:
+    """(stage, ids, mask) of each batch, prompts and completions together, padded on the right."""
+    import torch
+
+    for batch in batches:
+        ids, mask = pad([rows[i].ids for i in batch], subject.tokenizer, "right")
+        parts = tuple((0, rows[i].length) for i in batch)
+        stage = Stage(torch.tensor(list(batch)), torch.arange(len(batch)), mask.bool(), parts)
+        yield stage, ids.to(subject.device), mask.to(subject.device)
+
+
 def run_bridge(
     subject: Subject,
     rows: Sequence[Encoded],
@@ -264,19 +300,26 @@ def run_bridge(
     sink: PositionSink | TokenSink,
 ) -> None:
     """Collect TransformerLens hook points (`names`: hook name -> layer) through the bridge, whole rows at a time."""
-    import torch
+    silent = dict(names)
 
-    hooks = [(name, lambda value, hook, layer=layer: sink(layer, value)) for name, layer in names.items()]
-    for batch in batches:
-        ids, mask = pad([rows[i].ids for i in batch], subject.tokenizer.pad_token_id or 0, "right")
-        parts = tuple((0, rows[i].length) for i in batch)
-        sink.begin(Stage(torch.tensor(list(batch)), torch.arange(len(batch)), mask.bool(), parts))
+    def reading(name: str, layer: int) -> Callable[..., None]:
+        def read(value: Tensor, hook: Any) -> None:
+            silent.pop(name, None)
+            sink(layer, value)
+
+        return read
+
+    hooks = [(name, reading(name, layer)) for name, layer in names.items()]
+    for stage, ids, mask in whole_rows(subject, rows, batches):
+        sink.begin(stage)
         with subject.bridge.hooks(fwd_hooks=hooks):
-            subject.bridge(ids.to(subject.device), attention_mask=mask.to(subject.device), return_type=None)
+            subject.bridge(ids, attention_mask=mask, return_type=None)
+        if silent:
+            raise InterpError(f"{subject.name} has no {next(iter(silent))}: its blocks are built otherwise")
 
 
 def private_copy(subject: Subject) -> Subject:
     """The same weights under modules of their own: a worker's hooks and caches touch nobody else's."""
-    from interp.models import twin
+    from interp.hooked import twin
 
     return replace(subject, model=twin(subject.model))

@@ -9,6 +9,7 @@ offsets, and each span is decoded and compared with the completion.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class Encoded:
     """A conversation as token ids and the spans in it.
 
     `ids[start:stop]` is the completion; `start - 1` the last token before it (the end of the prompt);
-    `turn_end` the template's end-of-turn token, the first after the completion (or, where the template puts
-    nothing there, the completion's last token).
+    `turn_end` the template's end-of-turn token, the first after the completion that is no white space (where
+    there is only white space its first token, and where the template puts nothing, the completion's last token).
     """
 
     ids: tuple[int, ...]
@@ -79,10 +80,7 @@ class Encoder:
 
     @property
     def chat_template(self) -> str:
-        own = self.template or getattr(self.tokenizer, "chat_template", None)
-        if isinstance(own, dict):
-            own = own.get("default")
-        return own or PLAIN
+        return self.template or _default(getattr(self.tokenizer, "chat_template", None)) or PLAIN
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -153,11 +151,11 @@ class Encoder:
         if not inside:
             raise RowError("no token lies in the completion")
         first, last = inside[0], inside[-1] + 1
-        # A token may carry the white space before the completion; anything else means a wrong span.
-        decoded = self.tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False)
-        if "".join(decoded.split()) != "".join(text[start:stop].split()):
+        decoded = str(self.tokenizer.decode(ids[first:last], clean_up_tokenization_spaces=False))
+        if _bare(decoded) != _bare(text[start:stop]):
             raise RowError("the tokenizer does not give the completion back", repr(decoded[:40]))
-        return Encoded(tuple(ids), first, last, last if last < len(ids) else last - 1)
+        written = (i for i in range(last, len(ids)) if text[slice(*offsets[i])].strip())
+        return Encoded(tuple(ids), first, last, next(written, min(last, len(ids) - 1)))
 
     def encode_all(
         self, conversations: Iterable[Messages], max_length: int = 1024
@@ -166,7 +164,8 @@ class Encoder:
 
         A row longer than `max_length` tokens is left out, not cut: a cut completion has another rating.
         """
-        rendered, indices, skipped = [], [], Counter[str]()
+        rendered: list[tuple[str, int, int]] = []
+        indices, skipped = [], Counter[str]()
         for index, messages in enumerate(conversations):
             try:
                 rendered.append(self.render(messages))
@@ -189,6 +188,13 @@ class Encoder:
         return encoded, kept, skipped
 
 
+def _bare(text: str) -> str:
+    """What of a text must survive its tokens: all but white space (a token may carry the space before the
+    completion) and the choice among equivalent code points (Qwen's tokenizers compose them, SentencePiece's fold).
+    """
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
@@ -208,14 +214,20 @@ def read_template(source: str | None) -> str | None:
     if source is None:
         return None
     path = Path(source)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    from transformers import AutoTokenizer
-
     try:
-        template = AutoTokenizer.from_pretrained(source).chat_template
+        if path.is_file():
+            template = path.read_text(encoding="utf-8")
+        else:
+            from transformers import AutoTokenizer
+
+            template = _default(AutoTokenizer.from_pretrained(source).chat_template)
     except (OSError, ValueError) as error:
-        raise InterpError(f"--template {source!r} is no file and no model that can be read") from error
-    if not isinstance(template, str):
-        raise InterpError(f"--template {source!r}: that model has no chat template")
+        raise InterpError(f"--template {source!r} is no text file and no model that can be read") from error
+    if not template or not template.strip():
+        raise InterpError(f"--template {source!r} holds no chat template; give a Jinja file or a chat model")
     return template
+
+
+def _default(template: str | dict[str, str] | None) -> str | None:
+    """A tokenizer's chat template; some carry several by name (`default`, `tool_use`)."""
+    return template.get("default") if isinstance(template, dict) else template

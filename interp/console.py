@@ -19,21 +19,17 @@ def run(app: Callable[..., Any]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     try:
-        return int(app(standalone_mode=False) or 0)
-    except KeyboardInterrupt:
-        return _tell("interrupted; what is written is kept, and the same command resumes", 130)
+        # Typer turns Ctrl-C into this status.
+        status = int(app(standalone_mode=False) or 0)
+        return _tell("interrupted; what is written is kept, and the same command resumes", 130) if status == 130 else status
     except InterpError as error:
         if debug:
             raise
         return _tell(str(error), 1)
     except Exception as error:
-        # Typer's own usage errors know their message and status (2); Abort is Ctrl-C at a prompt.
+        # Typer's own usage errors know their message and status (2).
         if hasattr(error, "format_message"):
             return _tell(_usage(error), getattr(error, "exit_code", 2))
-        if type(error).__name__ == "Abort":
-            return _tell("interrupted", 130)
-        if type(error).__name__ == "Exit":
-            return int(getattr(error, "exit_code", 0))
         if debug:
             raise
         return _tell(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

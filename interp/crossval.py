@@ -42,22 +42,26 @@ def constant(y: np.ndarray, assignment: np.ndarray) -> OutOfFold:
     return OutOfFold(centre, centre, inner)
 
 
-def nested(cell_without: Callable[[int], Cell], y: np.ndarray, assignment: np.ndarray) -> OutOfFold:
+def nested(cell_without: Callable[[int], Cell | None], y: np.ndarray, assignment: np.ndarray) -> OutOfFold:
     """Ridge with lambda chosen inside each outer fold; `cell_without(a)` gives the features to use for fold a.
 
-    Features that learn from text alone (a vocabulary) are fitted without fold a; the others ignore `a`.
+    Features that learn from text alone (a vocabulary) are fitted without fold a; the others ignore `a`. Where
+    there are no features that vary (None), the mean of the training rows stands.
     """
     target = torch.from_numpy(y).float()[:, None]
     k = int(assignment.max()) + 1
-    prediction, inner = np.empty(len(y)), np.empty((k, len(y)))
+    base = constant(y, assignment)
+    prediction, inner = base.prediction.copy(), base.inner.copy()
     for a in range(k):
         cell = cell_without(a)
+        if cell is None:
+            continue
         result = cell.nested(target)
         best = int(result.inner_mse[a, :, 0].argmin())
         held = assignment == a
         prediction[held] = result.outer[best, :, 0].double().cpu().numpy()[held]
         inner[a] = cell.inner(target, LAMBDAS[best], a)[:, 0].double().cpu().numpy()
-    return OutOfFold(prediction, centre_of(y, assignment), inner)
+    return OutOfFold(prediction, base.centre, inner)
 
 
 def stack(parts: Sequence[OutOfFold], y: np.ndarray, assignment: np.ndarray) -> np.ndarray:

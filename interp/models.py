@@ -87,14 +87,13 @@ class Subject:
 
     @cached_property
     def bridge(self) -> TransformerBridge:
-        """TransformerLens' TransformerBridge over a twin that shares this model's weight tensors."""
-        from transformer_lens.model_bridge import TransformerBridge
+        """TransformerLens' TransformerBridge over a twin that shares this model's weight tensors.
 
-        # The bridge rewires the model that it is given. A twin made with the tensors in the memo shares
-        # every weight (about 1 MB of its own) and leaves the original fast.
-        return TransformerBridge.boot_transformers(
-            "local", hf_model=twin(self.model), tokenizer=self.tokenizer, device=str(self.device), dtype=self.dtype
-        )
+        InterpError where TransformerLens does not know the architecture, or computes it otherwise.
+        """
+        from interp.hooked import bridge
+
+        return bridge(self)
 
     def hooked_transformer(self) -> HookedTransformer:
         """The classic HookedTransformer with these weights (a copy), where it knows the architecture."""
@@ -119,7 +118,9 @@ class Subject:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unembed normed last hidden states [..., d_model] to [..., d_vocab] as the model itself does."""
-        logits = self.model.get_output_embeddings()(hidden)
+        unembed = self.model.get_output_embeddings()
+        assert unembed is not None
+        logits = unembed(hidden)
         config = self.config
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -138,33 +139,31 @@ class Subject:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(copy.deepcopy(self.model.config))
         model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-        key = content_key(random=seed, config=_shape_of(self.model))
+        key = content_key(random=seed, config=_architecture(self.model))
         return replace(self, name=f"{self.name} (random weights)", model=model, fingerprint=f"random:{key}")
 
 
-def _shape_of(model: PreTrainedModel) -> list[list[Any]]:
-    return [[name, list(p.shape)] for name, p in model.named_parameters()]
-
-
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weight tensors."""
-    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+def _architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration, without where and how it was stored: it changes what the same weights compute."""
+    stored = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    facts = {k: v for k, v in model.config.to_dict().items() if k not in stored}
+    return {"class": type(model).__name__, **facts}
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "in memory") -> Subject:
     """A Subject around a model that is already in memory; its fingerprint is its weights' digest."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(_bytes()).numpy().tobytes())
     model = model.eval().requires_grad_(False)
-    return Subject(name, model, tokenizer, f"weights:{digest.hexdigest()[:32]}")
+    return Subject(name, model, tokenizer, _weights_digest(model))
 
 
-def _bytes() -> torch.dtype:
+def _weights_digest(model: PreTrainedModel) -> str:
     import torch
 
-    return torch.uint8
+    digest = hashlib.sha256(content_key(config=_architecture(model)).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"weights:{digest.hexdigest()[:32]}"
 
 
 def load(
@@ -180,7 +179,7 @@ def load(
 
     Raises InterpError when the source cannot be found or read, naming what to do.
     """
-    chosen_device = device or pick_device()
+    chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(chosen_device, dtype)
     root = workspace(workspace_dir)
     if source == EMBEDDED:
@@ -188,7 +187,9 @@ def load(
     else:
         folder = Path(source).expanduser()
         if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-            raise InterpError(f"model {source!r} is no folder and no Hub id (owner/name); the embedded one is {EMBEDDED!r}")
+            raise InterpError(
+                f"model {source!r} is no folder and no Hub id (owner/name); the embedded one is {EMBEDDED!r}"
+            )
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": chosen_dtype}
     location = str(folder) if folder.exists() else source
     model, tokenizer = _read(location, options, chosen_device)
@@ -200,26 +201,38 @@ def load(
 
 
 def _read(location: str, options: dict[str, Any], device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
 
-    hub = {k: options[k] for k in ("revision", "trust_remote_code")}
     try:
-        adapter = _adapter_base(location)
-        model = AutoModelForCausalLM.from_pretrained(adapter or location, **({} if adapter else hub), dtype=options["dtype"])
-        tokenizer = _tokenizer(AutoTokenizer, location, adapter, hub)
-        if adapter:
-            from peft import PeftModel
-
-            # Merged: one plain model whose blocks are the ones that are hooked. The adapter stays on disk.
-            model = PeftModel.from_pretrained(model, location).merge_and_unload()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model, tokenizer = _from_pretrained(location, options)
+    # RuntimeError: weights of other shapes than the configuration's, or memory that does not suffice.
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InterpError(
-            f"model {location!r} cannot be loaded ({reason}); give a folder, a reachable Hub id, or the embedded {EMBEDDED!r}"
+            f"model {location!r} cannot be loaded ({lines[0].strip()});"
+            f" give a folder, a reachable Hub id, or the embedded {EMBEDDED!r}"
         ) from error
-    if model.config.is_encoder_decoder:
-        raise InterpError(f"model {location!r} is an encoder-decoder; a decoder-only model is needed")
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _from_pretrained(location: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    adapter = _adapter_base(location)
+    # A revision is one of the named model, not of an adapter's base.
+    hub = {"revision": None if adapter else options["revision"], "trust_remote_code": options["trust_remote_code"]}
+    config = AutoConfig.from_pretrained(adapter or location, **hub)
+    # Asked of the configuration: transformers loads the decoder of a BART alone, and calls that decoder-only.
+    if config.is_encoder_decoder:
+        raise InterpError(f"model {location!r} is an encoder-decoder; a decoder-only model is needed")
+    model = AutoModelForCausalLM.from_pretrained(adapter or location, **hub, dtype=options["dtype"])
+    tokenizer = _tokenizer(AutoTokenizer, location, adapter, hub)
+    if adapter:
+        from peft import PeftModel
+
+        # Merged: one plain model whose blocks are the ones that are hooked. The adapter stays on disk.
+        model = PeftModel.from_pretrained(model, location).merge_and_unload()  # type: ignore[operator] - untyped
+    return model, tokenizer
 
 
 def _adapter_base(location: str) -> str | None:
@@ -229,14 +242,16 @@ def _adapter_base(location: str) -> str | None:
     config = Path(location) / "adapter_config.json"
     if not config.is_file():
         return None
-    base = load_json(config)["base_model_name_or_path"]
+    base = load_json(config).get("base_model_name_or_path")
+    if not base:
+        raise InterpError(f"{config} names no base model (base_model_name_or_path)")
     beside = Path(location) / base
     return str(beside) if beside.is_dir() else base
 
 
 def _tokenizer(auto: Any, location: str, adapter: str | None, hub: dict[str, Any]) -> PreTrainedTokenizerBase:
     has_own = not adapter or any(Path(location).glob("tokenizer*"))
-    tokenizer = auto.from_pretrained(location if has_own else adapter, **({} if adapter else hub))
+    tokenizer = auto.from_pretrained(location if has_own else adapter, **hub)
     if not tokenizer.is_fast:
         raise InterpError(f"the tokenizer of {location!r} gives no character offsets; a fast tokenizer is needed")
     if tokenizer.pad_token_id is None:
@@ -245,21 +260,32 @@ def _tokenizer(auto: Any, location: str, adapter: str | None, hub: dict[str, Any
 
 
 def _fingerprint(folder: Path, source: str, model: PreTrainedModel, root: Path) -> str:
-    if not folder.exists():
-        return f"hub:{source}@{getattr(model.config, '_commit_hash', None)}"
-    files = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")]
     base = _adapter_base(str(folder))
-    if base and Path(base).is_dir():
-        files += [p for p in Path(base).iterdir() if p.suffix == ".safetensors"]
-    elif base:
-        return f"adapter:{digest_files(files, root / 'digests.json')[:32]}:{base}"
-    return f"files:{digest_files(files, root / 'digests.json')[:32]}"
+    folders = [folder, Path(base)] if base else [folder]
+    if all(f.is_dir() for f in folders):
+        files = [p for f in folders for p in f.iterdir() if _defines_model(p)]
+        return f"files:{digest_files(files, root / 'digests.json')[:32]}"
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"hub:{source}@{commit}" if commit and not base else _weights_digest(model)
 
 
-def pick_device() -> str:
-    """cuda, mps or cpu, whichever this machine has first."""
+def _defines_model(path: Path) -> bool:
+    # An adapter's scaling and a model's rotary base stand in their JSON, not in the weights.
+    return path.suffix in (".safetensors", ".bin", ".gguf") or path.name in ("config.json", "adapter_config.json")
+
+
+def pick_device(requested: str | None = None) -> str:
+    """The requested device, else cuda, mps or cpu, whichever this machine has first."""
     import torch
 
+    if requested is not None:
+        try:
+            torch.empty(0, device=requested)
+        except (RuntimeError, AssertionError) as error:
+            raise InterpError(
+                f"device {requested!r} cannot be used here; this machine has {pick_device()!r}"
+            ) from error
+        return requested
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

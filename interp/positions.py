@@ -72,7 +72,7 @@ def resolve(name: str) -> Position:
 
 def parse(text: str) -> tuple[str, ...]:
     """`all`, or names and integers separated by commas, checked; without repeats, in the order given."""
-    names = tuple(POSITIONS) if text == "all" else tuple(dict.fromkeys(n.strip() for n in text.split(",")))
+    names = tuple(POSITIONS) if text.strip() == "all" else tuple(dict.fromkeys(n.strip() for n in text.split(",")))
     for name in names:
         resolve(name)
     return names

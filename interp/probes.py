@@ -24,6 +24,7 @@ from interp.activations import Activations
 from interp.artifacts import load_tensors, save_tensors
 from interp.crossval import OutOfFold, centre_of
 from interp.ridge import LAMBDAS, Cell, Folds
+from interp.stats import FLOAT32
 
 #: Effective degrees of freedom of the null's one label-free lambda, as a share of the rows.
 NULL_FREEDOM = 0.05
@@ -52,8 +53,8 @@ class Probe:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.direction.ndim != 1 or not torch.isfinite(self.direction).all():
-            raise InterpError("a probe's direction must be a finite vector [d_model]")
+        if self.direction.ndim != 1 or not torch.isfinite(self.direction).all() or not self.direction.any():
+            raise InterpError("a probe's direction must be a finite vector [d_model] that is not zero")
 
     def rating(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, ...]:
         """Predicted ratings of residual vectors at this probe's layer, in the scale's points."""
@@ -75,7 +76,8 @@ class Probe:
     def load(cls, path: Path) -> Probe:
         """Read a probe. InterpError for a missing, damaged or foreign file."""
         tensors, facts = load_tensors(path)
-        if facts.pop("kind", None) != "probe" or "direction" not in tensors:
+        expected = {"kind", *cls.__dataclass_fields__} - {"direction"}
+        if facts.pop("kind", None) != "probe" or {"kind", *facts} != expected or "direction" not in tensors:
             raise InterpError(f"{path} is no probe file; `python cli.py probe` writes them as probe.safetensors")
         facts["scale"] = tuple(facts["scale"])
         return cls(tensors["direction"], **facts)
@@ -109,7 +111,8 @@ class Null:
 class ProbeGrid:
     """A finished sweep. Arrays over cells are `[layer][position]`; predictions are in label units ([-1, 1]).
 
-    `pearson` is each cell's own out-of-fold r with lambda chosen inside. `heldout` predicts each row of each
+    `pearson` is each cell's own out-of-fold r with lambda chosen inside; it and `cell_prediction` are NaN where a
+    cell's activations are the same in every row (a template's token at layer 0). `heldout` predicts each row of each
     target with everything (cell and lambda) chosen without its fold; `choices[t]` lists what was chosen, `best`
     the choice on all rows. Target 0 is the rating itself.
     """
@@ -230,7 +233,7 @@ class _Sweep:
         rows, cells = len(assignment), (len(layers), len(positions))
         self.selection = _Selection(self.folds, rows, targets.shape[1])
         self.pearson = np.full(cells, np.nan)
-        self.cell_prediction = np.zeros((*cells, rows), np.float32)
+        self.cell_prediction = np.full((*cells, rows), np.nan, np.float32)
         self.overall = np.full((*cells, len(LAMBDAS)), np.inf)
         self.seconds = self.null_seconds = 0.0
         self.spread: list[_Selection] = []
@@ -250,6 +253,8 @@ class _Sweep:
         self.null_y = torch.cat([self.y[:, :1].cpu(), across, within], 1).to(self.device)
         self.null_centre = self.folds.training_mean(self.null_y)
         self.deviation = _Within(permutations.groups, self.device)
+        # Below this a difference between predictions for one prompt is float32's rounding.
+        self.resolution = FLOAT32 * float(self.null_y.abs().max())
         self.null_within_y = self.deviation(self.null_y)
         self.null_r = np.full((cells, 1 + self.draws), np.nan)
         self.null_within_r = np.full((cells, 1 + self.draws), np.nan)
@@ -264,11 +269,22 @@ class _Sweep:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+        if (self.selection.cell < 0).any():
+            raise InterpError(
+                "the activations are the same in every row at each layer and position asked for; choose others"
+            )
 
     def _layer(self, i: int) -> None:
         with torch.inference_mode():
             for j, (position, x) in enumerate(self.activations.cells(self.layers[i], self.positions)):
-                self._cell(i, j, ridge.cell(x.to(self.device).float(), self.folds))
+                x = x.to(self.device).float()
+                if not torch.isfinite(x).all():
+                    raise InterpError(
+                        f"activations of layer {self.layers[i]} at {position} hold NaN or infinity; record them again "
+                        "in float32 (--dtype float32)"
+                    )
+                if (cell := ridge.cell(x, self.folds)) is not None:
+                    self._cell(i, j, cell)
                 if self.progress:
                     self.progress(self.layers[i], position, float(self.pearson[i, j]))
 
@@ -307,6 +323,7 @@ class _Sweep:
         self.null_r[number] = correlate(prediction[:, :split], self.null_y[:, :split]).cpu().numpy()
         keep = [0, *range(split, prediction.shape[1])]
         deviation = self.deviation(prediction[:, keep])
+        deviation[deviation.abs() <= self.resolution] = 0
         self.null_within_r[number] = correlate(deviation, self.null_within_y[:, keep]).cpu().numpy()
 
     def grid(self) -> ProbeGrid:
@@ -341,6 +358,7 @@ def out_of_fold(
     for choice in grid.choices[0]:
         assert choice.fold is not None
         cell = ridge.cell(activations.cell(choice.layer, choice.position).float(), folds)
+        assert cell is not None
         inner[choice.fold] = cell.inner(target, choice.penalty, choice.fold)[:, 0].double().numpy()
     return OutOfFold(grid.heldout[:, 0], centre_of(y, assignment), inner)
 

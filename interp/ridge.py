@@ -4,8 +4,8 @@ One cell (features X of n rows) needs one decomposition. From it come, without a
 every left-out fold and every pair of left-out folds (nested selection), at every lambda and for any number of
 label vectors at once.
 
-With H the hat matrix of all rows (unpenalised intercept included) and S the left-out rows,
-    y_S - prediction_S = (I - H_SS)^-1 (y - H y)_S,
+With H the hat matrix of all rows (unpenalised intercept included), S the left-out rows and T the others,
+    prediction_S = (I - H_SS)^-1 H_ST y_T,
 exactly what a refit without S would give on the same features (leave-one-out for a block; Cook & Weisberg 1982).
 Where rows far outnumber features, Gram matrices per fold are the smaller problem, and give the same numbers.
 
@@ -123,7 +123,7 @@ class HatCell:
     """
 
     basis: Float[Tensor, "fold slot rank"]
-    squared: Float[Tensor, " rank"]
+    squared: Float[Tensor, " rank-1"]
     folds: Folds
 
     @classmethod
@@ -139,8 +139,8 @@ class HatCell:
     @classmethod
     def of_kernel(cls, kernel: Float[Tensor, "row row"], folds: Folds) -> HatCell:
         """Decompose a linear kernel; it is centred here."""
-        centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
-        squared, u = torch.linalg.eigh(centred.double())
+        kernel = kernel.double()
+        squared, u = torch.linalg.eigh(kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean())
         return cls._keep(squared, lambda kept: u[:, kept].float(), folds)
 
     @classmethod
@@ -162,26 +162,25 @@ class HatCell:
         """The lambda with this many effective degrees of freedom, tr(H) - 1 (label-free)."""
         return _penalty_for(self.squared, freedom)
 
-    def residual(self, y: Float[Tensor, "fold slot target"], penalty: float) -> Float[Tensor, "fold slot target"]:
-        """y - H y, all rows in the fit."""
-        scores = torch.einsum("fsr,fst->rt", self.basis, y)
-        return y - self.basis @ (self.shrinkage(penalty)[:, None] * scores)
-
     def outer(self, y: Float[Tensor, "row target"], penalty: float) -> Float[Tensor, "row target"]:
         """Out-of-fold predictions at one lambda."""
-        laid = self.folds.lay(y)
-        return self.folds.lift(laid - _LeftOut.of(self, laid, penalty).single())
+        mean = y.mean(0)
+        return self.folds.lift(_LeftOut.of(self, self.folds.lay(y - mean), penalty).single()) + mean
 
     def nested(self, y: Float[Tensor, "row target"], penalties: Sequence[float] = LAMBDAS) -> Nested:
         """Predictions for every left-out fold and inner errors for every pair, at every lambda."""
-        folds, laid = self.folds, self.folds.lay(y)
+        folds, mean = self.folds, y.mean(0)
+        laid = folds.lay(y - mean)
         first, second = (list(i) for i in zip(*folds.pairs, strict=True))
         trained = folds.n - (folds.slots >= 0).sum(1, keepdim=True)
         outer, inner = [], []
         for penalty in penalties:
             left = _LeftOut.of(self, laid, penalty)
-            outer.append(folds.lift(laid - left.single()))
-            of_first, of_second = (e.square().sum(1) for e in left.pair(first, second))
+            outer.append(folds.lift(left.single()) + mean)
+            for_first, for_second = left.pair(first, second)
+            of_first, of_second = (
+                (laid[part] - found).square().sum(1) for part, found in ((first, for_first), (second, for_second))
+            )
             # With a and b left out, b's errors are inner errors of outer fold a, and the reverse.
             total = y.new_zeros(folds.k, y.shape[1])
             total.index_add_(0, torch.tensor(first, device=y.device), of_second)
@@ -191,41 +190,52 @@ class HatCell:
 
     def inner(self, y: Float[Tensor, "row target"], penalty: float, fold: int) -> Float[Tensor, "row target"]:
         """Predictions inside outer fold `fold`'s training rows, each without its own fold; held-out rows are NaN."""
-        laid = self.folds.lay(y)
+        mean = y.mean(0)
+        laid = self.folds.lay(y - mean)
         others = [b for b in range(self.folds.k) if b != fold]
-        _, error = _LeftOut.of(self, laid, penalty).pair([fold] * len(others), others)
         out = torch.full_like(laid, torch.nan)
-        out[others] = laid[others] - error
-        return self.folds.lift(out)
+        out[others] = _LeftOut.of(self, laid, penalty).pair([fold] * len(others), others)[1]
+        return self.folds.lift(out) + mean
 
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """Errors of left-out folds at one lambda: (I - H_SS)^-1 r_S for one fold, Schur complements for two."""
+    """Predictions for left-out folds at one lambda: (I - H_SS)^-1 H_ST y_T for one fold, Schur complements for two.
+
+    The left-out labels do not enter, and `labels` have mean 0: float32's rounding is relative to what the
+    features predict, not to the labels.
+    """
 
     weighted: Float[Tensor, "fold slot rank"]
-    residual: Float[Tensor, "fold slot target"]
+    labels: Float[Tensor, "fold slot target"]
+    given: Float[Tensor, "fold slot target"]
     block: Float[Tensor, "fold slot slot"]
     root: Float[Tensor, "fold slot slot"]
 
     @classmethod
-    def of(cls, cell: HatCell, laid: Tensor, penalty: float) -> _LeftOut:
+    def of(cls, cell: HatCell, labels: Tensor, penalty: float) -> _LeftOut:
         weighted = cell.basis * cell.shrinkage(penalty).sqrt()
+        scores = weighted.mT @ labels
         block = torch.eye(weighted.shape[1], dtype=weighted.dtype, device=weighted.device) - weighted @ weighted.mT
-        return cls(weighted, cell.residual(laid, penalty), block, torch.linalg.cholesky(block))
+        return cls(weighted, labels, weighted @ (scores.sum(0) - scores), block, torch.linalg.cholesky(block))
 
     def single(self) -> Float[Tensor, "fold slot target"]:
-        return torch.cholesky_solve(self.residual, self.root)
+        if self.given.shape[-1] > self.root.shape[-1]:
+            # For many label vectors one inverse and a product take a quarter of the solver's time.
+            return torch.cholesky_inverse(self.root) @ self.given
+        return torch.cholesky_solve(self.given, self.root)
 
     def pair(self, first: list[int], second: list[int]) -> tuple[Tensor, Tensor]:
-        """Errors [pair, slot, target] of the first and of the second fold, both left out together."""
-        root = self.root[first]
-        cross = torch.linalg.solve_triangular(root, -(self.weighted[first] @ self.weighted[second].mT), upper=False)
+        """Predictions [pair, slot, target] for the first and for the second fold, both left out together."""
+        root, shared = self.root[first], self.weighted[first] @ self.weighted[second].mT
+        to_first = self.given[first] - shared @ self.labels[second]
+        to_second = self.given[second] - shared.mT @ self.labels[first]
+        cross = torch.linalg.solve_triangular(root, -shared, upper=False)
         schur = torch.linalg.cholesky(torch.baddbmm(self.block[second], cross.mT, cross, alpha=-1))
-        half = torch.linalg.solve_triangular(root, self.residual[first], upper=False)
-        of_second = torch.cholesky_solve(self.residual[second] - cross.mT @ half, schur)
-        of_first = torch.linalg.solve_triangular(root.mT, half - cross @ of_second, upper=True)
-        return of_first, of_second
+        half = torch.linalg.solve_triangular(root, to_first, upper=False)
+        for_second = torch.cholesky_solve(to_second - cross.mT @ half, schur)
+        for_first = torch.linalg.solve_triangular(root.mT, half - cross @ for_second, upper=True)
+        return for_first, for_second
 
 
 @dataclass(frozen=True)
@@ -304,9 +314,12 @@ class GramCell:
 Cell = HatCell | GramCell
 
 
-def cell(x: Float[Tensor, "row feature"], folds: Folds) -> Cell:
-    """Decompose raw features: standardised, by whichever engine does less work."""
-    scaled = Scaler.of(x)(x)
+def cell(x: Float[Tensor, "row feature"], folds: Folds) -> Cell | None:
+    """Decompose raw features: standardised, by whichever engine does less work. None where no feature varies."""
+    scaler = Scaler.of(x)
+    if scaler.scale.isinf().all():
+        return None
+    scaled = scaler(x)
     return GramCell.of(scaled, folds) if x.shape[0] > GRAM_RATIO * x.shape[1] else HatCell.of(scaled, folds)
 
 

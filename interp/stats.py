@@ -27,6 +27,7 @@ import numpy as np
 from interp import InterpError
 
 ROUNDING = 1e-10  # differences below this share of the largest value are arithmetic, not signal
+FLOAT32 = 3e-6  # the same for predictions, which come out of single precision
 
 Estimate = tuple[float | None, list[float] | None]
 
@@ -78,7 +79,7 @@ def within_columns(y: np.ndarray, p: np.ndarray, groups: np.ndarray) -> np.ndarr
     y, p = _table(y), _table(p)
     if len(y) - len(np.unique(groups)) < 2:
         return np.full(max(y.shape[1], p.shape[1]), np.nan)
-    return _cosines(_flush(centre_within(y, groups), _size(y)), _flush(centre_within(p, groups), _size(p)))
+    return _cosines(_flush(centre_within(y, groups), _size(y)), _flush(centre_within(p, groups), _size(p), FLOAT32))
 
 
 def centre_within(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -249,9 +250,9 @@ def _size(x: np.ndarray) -> np.ndarray:
     return np.abs(x).max(axis=0, initial=0.0)
 
 
-def _flush(x: np.ndarray, size: np.ndarray | float) -> np.ndarray:
+def _flush(x: np.ndarray, size: np.ndarray | float, share: float = ROUNDING) -> np.ndarray:
     """x with what is rounding beside `size` (of the numbers that x is a difference of) set to exactly 0."""
-    return np.where(np.abs(x) <= ROUNDING * size, 0.0, x)
+    return np.where(np.abs(x) <= share * size, 0.0, x)
 
 
 def _deviations(x: np.ndarray) -> np.ndarray:
@@ -308,7 +309,7 @@ def _prompt_accuracy(
     left, right = _pairs(codes, counts)
     # Ratings a whole step apart may differ by a hair less (4.1 - 3.1 < 1); a prediction that is the same for
     # all completions of a prompt may differ by a hair between rows of a matrix product.
-    gap, lead = _flush(y[left] - y[right], _size(y)), _flush(p[left] - p[right], _size(p))
+    gap, lead = _flush(y[left] - y[right], _size(y)), _flush(p[left] - p[right], _size(p), FLOAT32)
     kept = (np.abs(gap) >= min_gap - ROUNDING * _size(y)) & (gap != 0)
     right_order = 0.5 + 0.5 * np.sign(gap[kept]) * np.sign(lead[kept])
     where = codes[left[kept]]
@@ -322,7 +323,7 @@ def _with_sample(weights: np.ndarray) -> np.ndarray:
     return np.vstack([np.ones((1, weights.shape[1]), dtype=weights.dtype), weights])
 
 
-def _weighted(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
+def weighted(weights: np.ndarray, sums: np.ndarray) -> np.ndarray:
     """weights [draws, prompts] @ sums [prompts, k], some draws at a time: floats of all may not fit."""
     blocks = np.array_split(weights, 1 + weights.size // 2**24)
     return np.concatenate([block.astype(float, copy=False) @ sums for block in blocks])
@@ -336,7 +337,7 @@ def _moments(weights: np.ndarray, a: np.ndarray, b: np.ndarray, codes: np.ndarra
     """
     a, b = _deviations(a), _deviations(b)
     columns = np.column_stack([np.ones(len(a)), a, b, a * b, a * a, b * b])
-    n, sum_a, sum_b, ab, aa, bb = _weighted(weights, prompt_sums(columns, codes)).T
+    n, sum_a, sum_b, ab, aa, bb = weighted(weights, prompt_sums(columns, codes)).T
     var_a, var_b = _flush(aa - sum_a**2 / n, aa), _flush(bb - sum_b**2 / n, bb)
     return ab - sum_a * sum_b / n, var_a, var_b
 
@@ -361,8 +362,9 @@ def _within(weights: np.ndarray, y: np.ndarray, x: np.ndarray, groups: np.ndarra
     codes, counts = prompt_codes(groups, len(y))
     if len(y) - len(counts) < 2:
         return np.full(len(weights), np.nan)
-    own_y, own_x = (_flush(centre_within(v, groups), _size(v)) for v in (y, x))
-    return _regression(weights, own_y, own_x, codes)[0]
+    own_y, own_x = (centre_within(v, groups) for v in (y, x))
+    size = max(_size(y), _size(x))  # x has lost its intercept, which set the size of its rounding
+    return _regression(weights, _flush(own_y, _size(y)), _flush(own_x, size, FLOAT32), codes)[0]
 
 
 def _errors(
@@ -371,7 +373,7 @@ def _errors(
     """MAE, RMSE (rating points) and R2 about the resample's own mean, [draws] each."""
     error = prediction - y
     columns = np.column_stack([np.ones(len(y)), np.abs(error), error**2])
-    n, absolute, squared = _weighted(weights, prompt_sums(columns, codes)).T
+    n, absolute, squared = weighted(weights, prompt_sums(columns, codes)).T
     _, total, _ = _moments(weights, y, y, codes)
     r2 = 1 - _ratio(squared, total, total > 0)
     return {"mae": absolute / n, "rmse": np.sqrt(squared / n), "r2": r2}
@@ -380,7 +382,7 @@ def _errors(
 def _mean_defined(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Weighted mean over the prompts that have a value, [prompts] with NaN -> [draws]."""
     has = np.isfinite(values)
-    total, count = _weighted(weights, np.column_stack([np.where(has, values, 0.0), has])).T
+    total, count = weighted(weights, np.column_stack([np.where(has, values, 0.0), has])).T
     return _ratio(total, count, count > 0)
 
 

@@ -86,7 +86,10 @@ def test_headline_is_the_table_s_own_figure(planted):
     y, fold = frame["score"].to_numpy(), frame["fold"].to_numpy()
     centre = np.array([y[fold != f].mean() for f in fold])
     assert stats.pearson(y, frame["prediction"] - centre) == pytest.approx(planted.facts["heldout"]["pearson"], abs=1e-6)
-    assert set(planted.facts["baselines"]) - {"stack", "stack_and_probe"} <= set(frame.columns)
+    assert np.allclose(centre, frame["centre"])
+    for name, found in planted.facts["baselines"].items():
+        if found["pearson"] is not None:
+            assert stats.pearson(y, frame[name] - centre) == pytest.approx(found["pearson"], abs=1e-6)
 
 
 def test_the_prompt_s_end_knows_nothing_within_prompts(planted):

@@ -42,15 +42,16 @@ LLAMA3 = (
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
 )
@@ -58,7 +59,8 @@ GEMMA = (
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% set said = m['content'].split('</think>')[-1].lstrip('\n') if '</think>' in m['content'] else m['content'] %}"
-    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ said }}<|im_end|>\n{% endfor %}"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ said }}<|im_end|>\n{% endfor %}"
 )
 TEMPLATES = {
     "chatml": CHATML,
@@ -95,14 +97,17 @@ def _byte_level(normalizer: Any = None) -> Tokenizer:
     if normalizer:
         made.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=380, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False))
+    made.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=380, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
     return made
 
 
 def _metaspace() -> Tokenizer:
     """As SentencePiece models (Llama 2, Mistral) have it: `▁` for spaces and bytes for what is unknown."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -123,7 +128,9 @@ def _trained(kind: str) -> str:
     return KINDS[kind]().to_str()
 
 
-def tokenizer(template: str = "chatml", kind: str = "bytes", adds_bos: bool = False, **names: str) -> PreTrainedTokenizerFast:
+def tokenizer(
+    template: str = "chatml", kind: str = "bytes", adds_bos: bool = False, **names: str
+) -> PreTrainedTokenizerFast:
     """A fast tokenizer with the chat template of this name (or text); `adds_bos` as Llama's do to plain text."""
     made = Tokenizer.from_str(_trained(kind))
     if adds_bos:
@@ -177,7 +184,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         *("GraniteConfig", "GraniteForCausalLM"),
         {"num_hidden_layers": 2, "num_key_value_heads": 2, "logits_scaling": 4.0, "residual_multiplier": 0.5},
     ),
-    "cohere": ("CohereConfig", "CohereForCausalLM", {"num_hidden_layers": 2, "num_key_value_heads": 4, "logit_scale": 0.25}),
+    "cohere": (
+        "CohereConfig",
+        "CohereForCausalLM",
+        {"num_hidden_layers": 2, "num_key_value_heads": 4, "logit_scale": 0.25},
+    ),
 }
 
 
@@ -217,7 +228,11 @@ def conversations(seed: int = 0) -> list[list[dict[str, str]]]:
     for prompt, completions in ((1, (1, 3)), (60, (2, 60, 7)), (9, (5,)), (14, (30, 1, 2, 12))):
         text = say(prompt)
         out += [messages_of(text, say(count)) for count in completions]
-    past = [{"role": "user", "content": say(4)}, {"role": "assistant", "content": say(3)}, {"role": "user", "content": say(2)}]
+    past = [
+        {"role": "user", "content": say(4)},
+        {"role": "assistant", "content": say(3)},
+        {"role": "user", "content": say(2)},
+    ]
     return [*out[1::2], messages_of("", say(6), past), *out[::2]]
 
 

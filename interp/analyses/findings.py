@@ -72,10 +72,11 @@ def findings(
     spread: list[np.ndarray],
     texts: dict[str, Trained],
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Held-out metrics, every baseline's, what the probe adds to their stack, and the grid with its intervals.
 
-    `spread` holds the held-out predictions for each fold seed.
+    `spread` holds the held-out predictions for each fold seed. The second result are the rows' predictions by
+    name, in label units, and `centre`, the mean label of the rows that each was trained on.
     """
     y, groups, assignment = labels.y, labels.groups, labels.assignment
     probe = probes.out_of_fold(activations, grid, y, assignment)
@@ -95,11 +96,14 @@ def findings(
     single = {name: table[name]["pearson"] for name in plain if table[name]["pearson"] is not None}
     low, high = stats.pearson_intervals(y, _columns(grid.cell_prediction) - probe.centre[:, None], groups)
     shape = grid.pearson.shape
-    return {
+    columns = {"centre": probe.centre, "prediction": probe.prediction, "stack": stacked, "stack_and_probe": together}
+    columns |= {name: part.prediction for name, part in plain.items()}
+    facts = {
         "heldout": heldout,
         "baselines": table,
         "best_baseline": max(single, key=lambda name: single[name]) if single else None,
         "added_value": _estimate("pearson", added),
+        "by_rating": mean_by_rating(labels.rated.scores, labels.rated.rating(probe.prediction), groups),
         "within_prompt_gain": _within_gain(labels, probe.prediction, texts),
         "grid": {
             "pearson": _lists(grid.pearson),
@@ -109,6 +113,30 @@ def findings(
             ],
         },
     }
+    return facts, columns
+
+
+def mean_by_rating(
+    scores: np.ndarray, prediction: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Mean held-out prediction of each rounded rating (E8), its 95% interval over resampled prompts, and n.
+
+    `mean_ci` is None where fewer than two prompts have the rating or fewer than half of the draws do.
+    """
+    values, bins = np.unique(data.rounded(scores), return_inverse=True)
+    codes = np.unique(groups, return_inverse=True)[1]
+    sums, counts = (np.zeros((codes.max() + 1, len(values))) for _ in range(2))
+    np.add.at(sums, (codes, bins), prediction)
+    np.add.at(counts, (codes, bins), 1)
+    drawn = stats.weighted(stats.cluster_weights(codes, draws, seed), np.hstack([sums, counts]))
+    found = []
+    for k, rating in enumerate(values.tolist()):
+        total, number = drawn[:, k], drawn[:, len(values) + k]
+        usable, n = number > 0, int(counts[:, k].sum())
+        enough = np.count_nonzero(counts[:, k]) > 1 and 2 * usable.sum() >= max(draws, 1)
+        ci = np.percentile(total[usable] / number[usable], [2.5, 97.5]).tolist() if enough else None
+        found.append({"rating": rating, "n": n, "mean": float(sums[:, k].sum() / n), "mean_ci": ci})
+    return found
 
 
 def _columns(cells: np.ndarray) -> np.ndarray:

@@ -55,8 +55,9 @@ def no_progress(_stage: str, _done: int, _total: int) -> None:
 class GridResult:
     """A finished run: `facts` is the JSON object of the contract, `rows` a table with a line per rated row.
 
-    `rows` columns: prompt_id, row (its number in the set), score, fold, prediction, and one per baseline
-    (out-of-fold, rating points). `probe` is the choice refitted on all rows.
+    `rows` columns: prompt_id, score, fold, and out-of-fold predictions in rating points: `prediction` (the probe),
+    one per baseline, stack, stack_and_probe; `centre` is the mean rating that a row's predictions were trained on.
+    `probe` is the choice refitted on all rows.
     """
 
     facts: dict[str, Any]
@@ -120,11 +121,12 @@ def compute(
     controls = _controls(subject, encoded, labels, layers, settings, options, progress) if settings.controls else {}
     if controls:
         clock.lap("controls")
+    found, columns = findings(activations, labels, grid, spread, texts, settings.seed)
     facts = {
         **_circumstances(subject, rated, kept, encoded, skipped, settings, layers),
         "best": grid.best.to_dict(),
         "choices": [c.to_dict() for c in grid.choices[0]],
-        **findings(activations, labels, grid, spread, texts, settings.seed),
+        **found,
         "null": null_facts(labels, grid, drawn),
         **controls,
         "assumptions": [*subject.notes, *encoder.notes, *rated.notes],
@@ -132,7 +134,7 @@ def compute(
     }
     facts["finding"] = finding(facts)
     probe = probes.refit(activations, grid.best, labels.y, kept.scale, _provenance(subject, kept, encoder, settings, facts))
-    return GridResult(facts, _table(kept, labels, grid, texts), probe)
+    return GridResult(facts, _table(labels, columns), probe)
 
 
 def _circumstances(
@@ -249,18 +251,12 @@ def _provenance(
     }
 
 
-def _table(
-    kept: RatedSet, labels: Labels, grid: ProbeGrid, texts: dict[str, Trained]
-) -> dict[str, list[Any]]:
-    rating = kept.rating
-    columns: dict[str, Any] = {
-        "prompt_id": kept.rows["prompt_id"],
-        "score": kept.scores,
-        "fold": labels.assignment,
-        "prediction": rating(grid.heldout[:, 0]),
-        **{name: rating(pair[0].prediction) for name, pair in texts.items()},
-    }
-    return {name: np.asarray(values).tolist() for name, values in columns.items()}
+def _table(labels: Labels, columns: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+    """A line per row: identity, rating, fold, and every out-of-fold prediction in rating points."""
+    rated = labels.rated
+    identity = {"prompt_id": rated.rows["prompt_id"], "score": rated.scores, "fold": labels.assignment}
+    values = {**identity, **{name: rated.rating(column) for name, column in columns.items()}}
+    return {name: np.asarray(column).tolist() for name, column in values.items()}
 
 
 @dataclass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp import data, figures, stats
-from interp.figures import Axis
+from interp import data, figures
+from interp.figures import Axis, Number
 
 if TYPE_CHECKING:
     import altair as alt
@@ -49,31 +50,6 @@ def plot(result: GridResult) -> dict[str, alt.TopLevelMixin]:
         "by_rating": by_rating(result),
         "baselines": baselines(result.facts),
     }
-
-
-def mean_by_rating(result: GridResult, draws: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
-    """Mean held-out prediction of each rounded rating with its 95% interval over resampled prompts, and n.
-
-    Halves are rounded upwards (`data.rounded`). `low` and `high` are None where fewer than two prompts have
-    the rating or fewer than half of the draws do, as in `stats`.
-    """
-    values, bins = np.unique(data.rounded(np.asarray(result.rows["score"])), return_inverse=True)
-    prompts, codes = np.unique(result.rows["prompt_id"], return_inverse=True)
-    sums, counts = (np.zeros((len(prompts), len(values))) for _ in range(2))
-    np.add.at(sums, (codes, bins), np.asarray(result.rows["prediction"], float))
-    np.add.at(counts, (codes, bins), 1)
-    weights = stats.cluster_weights(codes, draws, seed)
-    # Some draws at a time: as floats, the weights of many prompts do not fit.
-    blocks = np.array_split(weights, 1 + weights.size // 2**24)
-    drawn = np.concatenate([block.astype(float) @ np.hstack([sums, counts]) for block in blocks])
-    found = []
-    for k, rating in enumerate(values.tolist()):
-        total, number = drawn[:, k], drawn[:, len(values) + k]
-        usable, n = number > 0, int(counts[:, k].sum())
-        enough = np.count_nonzero(counts[:, k]) > 1 and 2 * usable.sum() >= max(draws, 1)
-        ci = np.percentile(total[usable] / number[usable], [2.5, 97.5]).tolist() if enough else None
-        found.append({"rating": rating, "mean": float(sums[:, k].sum() / n), **_bounds(ci), "n": n})
-    return found
 
 
 def grid(facts: dict[str, Any]) -> alt.TopLevelMixin:
@@ -192,7 +168,8 @@ def scatter(result: GridResult) -> alt.TopLevelMixin:
 
 def by_rating(result: GridResult) -> alt.TopLevelMixin:
     """Mean held-out prediction by rounded rating with 95% intervals over prompts."""
-    facts, bins = result.facts, mean_by_rating(result)
+    facts = result.facts
+    bins = [{**found, **_bounds(found["mean_ci"])} for found in facts["by_rating"]]
     x_domain, y_domain = _rating_domains(facts, [b[key] for b in bins for key in ("mean", *BOUNDS)])
     chart = figures.binned_means(
         bins,
@@ -202,10 +179,11 @@ def by_rating(result: GridResult) -> alt.TopLevelMixin:
         count="n" if len(bins) <= MOST_COUNTS else None,
         identity=True,
     )
+    prompts = f"{facts['prompts']:,} prompts"
     return figures.style(
         chart,
         title=f"Mean held-out prediction by rating: {_subject(facts)}",
-        subtitle=f"bars: 95% intervals over {facts['prompts']:,} prompts; dashed: prediction\u00a0=\u00a0rating",
+        subtitle=f"bars: 95% intervals over {prompts}; dashed: prediction\u00a0=\u00a0rating",
     )
 
 
@@ -239,7 +217,7 @@ def baselines(facts: dict[str, Any]) -> alt.TopLevelMixin:
 
 
 def _subject(facts: dict[str, Any]) -> str:
-    return f"{facts['model']} on {facts['data']}"
+    return f"{facts['model']} on {Path(facts['data']).name}"
 
 
 def _size(facts: dict[str, Any]) -> str:
@@ -255,17 +233,17 @@ def _rating(facts: dict[str, Any]) -> str:
     return f"rating ({low:g}–{high:g})"
 
 
-def _number(value: float | None, sign: str = "") -> str:
+def _number(value: Number | None, sign: str = "") -> str:
     return "none" if value is None else f"{value:{sign}.2f}".replace("-", "−")
 
 
-def _estimate(value: float | None, ci: Sequence[float] | None, sign: str = "") -> str:
+def _estimate(value: Number | None, ci: Sequence[Number] | None, sign: str = "") -> str:
     """Value and interval as in 0.51 [0.46, 0.55], with spaces that do not break."""
     between = f"\u00a0[{_number(ci[0], sign)},\u00a0{_number(ci[1], sign)}]" if ci is not None else ""
     return _number(value, sign) + between
 
 
-def _bounds(ci: Sequence[float] | None, prefix: str = "") -> dict[str, float | None]:
+def _bounds(ci: Sequence[Number | None] | None, prefix: str = "") -> dict[str, Number | None]:
     low, high = (None, None) if ci is None else ci
     return {f"{prefix}low": low, f"{prefix}high": high}
 
@@ -319,7 +297,7 @@ def _step(scores: np.ndarray) -> float:
 
 
 def _rating_domains(
-    facts: dict[str, Any], drawn: Sequence[float | None]
+    facts: dict[str, Any], drawn: Sequence[Number | None]
 ) -> tuple[figures.Domain, figures.Domain]:
     """The scale with a margin for x; for y the scale, and whatever is predicted beyond it."""
     low, high = facts["scale"]
@@ -348,5 +326,5 @@ def _compared(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -np.inf if row["pearson"] is None else row["pearson"], reverse=True)
 
 
-def _all(rows: Sequence[dict[str, Any]], name: str) -> list[float | None]:
+def _all(rows: Sequence[dict[str, Any]], name: str) -> list[Number | None]:
     return [row[key] for row in rows for key in (name, f"{name}_low", f"{name}_high")]
