@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +19,21 @@ app = typer.Typer(
     help="Does a language model that was trained on feedback represent the reward it anticipates?",
 )
 
-Model = Annotated[str, typer.Option("--model", help="`smollm2` (embedded), a folder, a PEFT adapter's folder, or a Hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", help="`smollm2` (embedded), a folder, a PEFT adapter's folder, or a Hub id.")
+]
 Data = Annotated[str, typer.Option("--data", help="A named set, a .jsonl/.jsonl.gz/.csv/.parquet file, or a Hub id.")]
 Columns = Annotated[str | None, typer.Option("--columns", help="prompt=...,completion=...,score=... of that source.")]
 Scale = Annotated[str | None, typer.Option("--scale", help="The ratings' scale, for example 1:10.")]
-Rows = Annotated[int | None, typer.Option("--rows", min=1, help="Use about so many rows, whole prompts, drawn by --seed.")]
+Rows = Annotated[
+    int | None, typer.Option("--rows", min=1, help="Use about so many rows, whole prompts, drawn by --seed.")
+]
 Balance = Annotated[bool, typer.Option("--balance", help="Equal count per rounded rating, drawn by --seed.")]
 Split = Annotated[str | None, typer.Option("--split", help="The split of a Hub set.")]
 System = Annotated[str | None, typer.Option("--system", help="A system message put first.")]
-Template = Annotated[str | None, typer.Option("--template", help="A chat template: a Jinja file, or a model that has one.")]
+Template = Annotated[
+    str | None, typer.Option("--template", help="A chat template: a Jinja file, or a model that has one.")
+]
 MaxLength = Annotated[int, typer.Option("--max-length", min=8, help="Longer rows (tokens) are skipped and counted.")]
 Device = Annotated[str | None, typer.Option("--device", help="cuda, mps or cpu; chosen if not given.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; chosen if not given.")]
@@ -34,7 +41,9 @@ BatchTokens = Annotated[int | None, typer.Option("--batch-tokens", min=1, help="
 Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a Hub model.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Hub model's own code.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Folds, nulls, samples.")]
-Workspace = Annotated[Path | None, typer.Option("--workspace", help="Models, activations, results (or INTERP_WORKSPACE).")]
+Workspace = Annotated[
+    Path | None, typer.Option("--workspace", help="Models, activations, results (or INTERP_WORKSPACE).")
+]
 Figures = Annotated[Path, typer.Option("--figures", help="Where pictures go.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No notes and no progress.")]
@@ -63,6 +72,7 @@ def data_command(
     from interp import data, views
 
     out = console.Console(as_json, quiet)
+    console.calm()
     rated = _rated(source, columns, scale, rows, balance, split, seed)
     facts = out.envelope("data", rated.name, None, seed=seed, **data.summary(rated), assumptions=list(rated.notes))
     out.notes(rated.notes)
@@ -74,7 +84,8 @@ def data_command(
 def probe(
     layer: Annotated[str, typer.Option("--layer", help="all, last, or numbers and ranges: 0,8,16-24.")] = "all",
     position: Annotated[
-        str, typer.Option("--position", help=f"all, or of {', '.join(POSITIONS)}, or integers (5: sixth token, -1: last).")
+        str,
+        typer.Option("--position", help=f"all, or of {', '.join(POSITIONS)}, or integers (5: sixth token, -1: last)."),
     ] = "all",
     site: Annotated[str, typer.Option("--site", help="resid, resid_mid, attn_out or mlp_out.")] = "resid",
     model: Model = "smollm2",
@@ -84,7 +95,9 @@ def probe(
     rows: Rows = None,
     balance: Balance = False,
     split: Split = None,
-    controls: Annotated[bool, typer.Option("--controls", help="Also the same architecture with random weights.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also the same architecture with random weights.")
+    ] = False,
     nested_null: Annotated[
         bool, typer.Option("--nested-null", help="Repeat the whole nested selection on 200 permuted labels.")
     ] = False,
@@ -129,11 +142,11 @@ def probe(
         with out.progress() as stage:
             options = {"workspace_dir": workspace, "batch_tokens": batch_tokens, "progress": stage}
             result = grid.compute(subject, rated, encoder, settings, **options)
-        runs.save_grid(result, folder)
     else:
         out.notes([f"read from {folder} (same model, data and settings)"])
-    drawn = runs.draw(result, figures / folder.name, command="python cli.py " + " ".join(sys.argv[1:]))
+    drawn = runs.draw(result, figures / folder.name, "python cli.py " + " ".join(sys.argv[1:]))
     facts = {**result.facts, "run_dir": str(folder), "figures": [str(path) for path in drawn]}
+    runs.save_grid(replace(result, facts=facts), folder)
     views.show_probe(out, facts)
     out.json(facts)
 
@@ -144,7 +157,8 @@ def score(
     text: Annotated[list[str] | None, typer.Option("--text", help="A completion to score; repeatable.")] = None,
     prompt: Annotated[str, typer.Option("--prompt", help="The prompt that --text answers.")] = "",
     probe_path: Annotated[
-        str | None, typer.Option("--probe", help="A run's folder or a probe file; else the newest one that fits the model.")
+        str | None,
+        typer.Option("--probe", help="A run's folder or a probe file; else the newest one that fits the model."),
     ] = None,
     model: Model = "smollm2",
     columns: Columns = None,
@@ -173,8 +187,9 @@ def score(
     ]  # fmt: skip
     subject, encoder = _subject(model, device, dtype, revision, trust_remote_code, workspace, template, system)
     found, where = runs.find_probe(subject, probe_path, workspace)
-    result = scoring.compute(subject, encoder, found, rows, max_length=max_length, workspace_dir=workspace)
-    notes = [*subject.notes, *encoder.notes, f"probe {where}", *result.notes]
+    encoder = scoring.as_fitted(encoder, found)
+    result = scoring.compute(subject, encoder, found, rows, max_length=max_length)
+    notes = [*subject.notes, *encoder.notes, f"probe {where}", *runs.mismatch(found, subject), *result.notes]
     if text and not prompt:
         notes.append("no --prompt: the text is scored as the reply to an empty message")
     out.notes(notes)
@@ -213,6 +228,7 @@ def _subject(
     from interp import chat, models
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "workspace_dir": workspace}
+    console.calm_transformers()
     subject = models.load(model, device=device, dtype=dtype, **options)
     return subject, chat.Encoder(subject.tokenizer, chat.read_template(template), system)
 

@@ -46,7 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     subject = models.load()
     rated = data.load(rows=options.rows)
-    conversations = [chat.messages_of(p, c) for p, c in zip(rated.rows["prompt"], rated.rows["completion"], strict=True)]
+    conversations = [
+        chat.messages_of(p, c) for p, c in zip(rated.rows["prompt"], rated.rows["completion"], strict=True)
+    ]
     rows, _, _ = chat.Encoder(subject.tokenizer).encode_all(conversations)
     workers = torch.get_num_threads()
     ratios = []
@@ -58,13 +60,18 @@ def main() -> None:
             captured = time.perf_counter() - began
             plain = bare(subject, rows, found.shards, workers)
             shutil.rmtree(folder / str(pair))
-            print(f"captured {captured:.2f} s, bare {plain:.2f} s, ratio {captured / plain:.3f}" + " (warm-up)" * (pair == 0))
+            print(
+                f"captured {captured:.2f} s, bare {plain:.2f} s, ratio {captured / plain:.3f}"
+                + " (warm-up)" * (pair == 0)
+            )
             if pair:
                 ratios.append(captured / plain)
     finally:
         shutil.rmtree(folder)
     print(f"{len(rows)} rows, {sum(r.length for r in rows)} tokens, {subject.dtype}, {workers} workers")
-    print(f"capture / bare forward: median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})")
+    print(
+        f"capture / bare forward: median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})"
+    )
 
 
 if __name__ == "__main__":

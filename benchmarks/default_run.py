@@ -1,6 +1,6 @@
 """The default run as its user sees it: wall seconds and peak memory, from an empty workspace and again.
 
-    python benchmarks/default_run.py [--controls]
+python benchmarks/default_run.py [--controls]
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ COMMANDS = ("--help", "data --help", "probe --help", "score --help")
 def run(arguments: list[str], workspace: str) -> tuple[float, str]:
     environment = {**os.environ, "INTERP_WORKSPACE": workspace}
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "cli.py", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "cli.py", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+    )
     return time.perf_counter() - began, done.stdout.decode()
 
 

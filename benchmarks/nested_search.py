@@ -75,7 +75,9 @@ def main() -> None:
     theirs = peers([c.double().numpy() for c in cells], y, assignment)
     done = time.perf_counter()
     print(f"{len(cells)} cells of {tuple(cells[0].shape)}, 5 x 4 folds, {len(ridge.LAMBDAS)} lambdas, one thread")
-    print(f"ours {middle - began:.2f} s, scikit-learn {done - middle:.2f} s, ratio {(done - middle) / (middle - began):.1f} x")
+    print(
+        f"ours {middle - began:.2f} s, scikit-learn {done - middle:.2f} s, ratio {(done - middle) / (middle - began):.1f} x"
+    )
     print(f"predictions differ by a relative {np.linalg.norm(mine - theirs) / np.linalg.norm(theirs):.1e}")
 
 

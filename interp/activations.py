@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -147,8 +148,11 @@ class Activations:
         return out
 
 
-def make_plan(rows: Sequence[Encoded], batch_tokens: int, shard_rows: int) -> list[Shard]:
-    """Shards of whole prompts, in order of prompt length, each with its batches of completions."""
+def make_plan(rows: Sequence[Encoded], batch_tokens: int, shard_rows: int, whole: bool = False) -> list[Shard]:
+    """Shards of whole prompts, in order of prompt length, each with its batches of completions.
+
+    `whole`: a batch's forward call reads prompts too, not the completions alone.
+    """
     groups = sorted(prompt_groups(rows).items(), key=lambda item: (len(item[0]), item[1]))
     shards: list[list[int]] = []
     prompts = 0
@@ -161,18 +165,17 @@ def make_plan(rows: Sequence[Encoded], batch_tokens: int, shard_rows: int) -> li
                 prompts = 0
             shards[-1] += part
             prompts += 1
-    return [_shard(f"{i:05d}", s, rows, batch_tokens) for i, s in enumerate(shards)]
+    return [_shard(f"{i:05d}", s, rows, batch_tokens, whole) for i, s in enumerate(shards)]
 
 
-def _shard(name: str, members: list[int], rows: Sequence[Encoded], batch_tokens: int) -> Shard:
-    order = sorted(range(len(members)), key=lambda i: (rows[members[i]].length - rows[members[i]].start, i))
+def _shard(name: str, members: list[int], rows: Sequence[Encoded], batch_tokens: int, whole: bool) -> Shard:
+    cost = [rows[m].length - (0 if whole else rows[m].start) for m in members]
     batches: list[list[int]] = []
-    for i in order:
-        tokens = rows[members[i]].length - rows[members[i]].start
-        if not batches or (len(batches[-1]) + 1) * tokens > batch_tokens:
+    for i in sorted(range(len(members)), key=lambda i: (cost[i], i)):
+        if not batches or (len(batches[-1]) + 1) * cost[i] > batch_tokens:
             batches.append([])
         batches[-1].append(i)
-    return {"name": name, "rows": members, "batches": batches, "batch_tokens": batch_tokens}
+    return {"name": name, "rows": members, "batches": batches, "batch_tokens": batch_tokens, "whole": whole}
 
 
 def split(shard: Shard, rows: Sequence[Encoded]) -> list[Shard]:
@@ -182,7 +185,7 @@ def split(shard: Shard, rows: Sequence[Encoded]) -> list[Shard]:
         raise InterpError(f"row {members[0]} does not fit in memory: lower --max-length or take another device")
     budget = max(1, shard["batch_tokens"] // 2)
     return [
-        _shard(f"{shard['name']}{mark}", part, rows, budget)
+        _shard(f"{shard['name']}{mark}", part, rows, budget, shard["whole"])
         for mark, part in (("a", members[:half]), ("b", members[half:]))
     ]
 
@@ -377,13 +380,27 @@ def _recorded(base: Path, layers: tuple[int, ...], names: tuple[str, ...], surpr
 def _load_plan(job: Recording, batch_tokens: int) -> list[Shard]:
     path = job.folder / "plan.json"
     if path.is_file():
+        for left in job.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         return load_json(path)
     subject = job.subject
     per_row = len(job.layers) * subject.d_model * 4
     per_row *= max(r.length for r in job.rows) if job.positions == (TOKENS,) else len(job.positions)
-    plan = make_plan(job.rows, batch_tokens, max(1, SHARD_BYTES // per_row))
+    free = shutil.disk_usage(job.folder if job.folder.is_dir() else _existing(job.folder)).free
+    needed = per_row * len(job.rows) * subject.dtype.itemsize // 4
+    if needed > free:
+        raise InterpError(
+            f"the recording needs {needed / 1e9:.1f} GB and {job.folder.parent} has {free / 1e9:.1f} GB free;"
+            " ask for fewer rows, layers or positions, or another --workspace"
+        )
+    plan = make_plan(job.rows, batch_tokens, max(1, SHARD_BYTES // per_row), whole=job.site != "resid")
     save_json(path, plan)
     return plan
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(p for p in path.absolute().parents if p.is_dir())
 
 
 def _default_workers(subject: Subject) -> int:
@@ -399,8 +416,9 @@ def _run_plan(job: Recording, plan: list[Shard], workers: int, progress: Callabl
 
     total, done, lock, local = sum(row.length for row in job.rows), 0, threading.Lock(), threading.local()
     bridge = job.site != "resid"
-    workers = 1 if bridge else workers
-    threads = max(1, torch.get_num_threads() // workers)
+    cores = torch.get_num_threads()
+    workers = 1 if bridge else min(workers, len(plan))
+    threads = max(1, cores // workers)
 
     def start() -> None:
         torch.set_num_threads(threads)
@@ -430,3 +448,4 @@ def _run_plan(job: Recording, plan: list[Shard], workers: int, progress: Callabl
     finally:
         # On an interrupt the jobs that have not begun are dropped; what is written stays and is resumed.
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)  # a worker's setting is inherited by every thread that comes later

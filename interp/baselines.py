@@ -15,7 +15,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from interp.crossval import OutOfFold
-    from interp.ridge import Cell, Folds
+    from interp.ridge import Cell
 
 #: TF-IDF rows have norm 1; their kernel is scaled to this mean diagonal so that one range of lambdas serves all.
 KERNEL_SCALE = 1000.0
@@ -23,9 +23,12 @@ KERNEL_SCALE = 1000.0
 KERNEL_ROWS, SVD_DIMENSIONS = 5000, 512
 
 REFUSAL = re.compile(
-    r"\b(sorry|cannot|can't|can’t|unable|won't|won’t|not able|apologi[sz]e|regret|decline|as an ai|inappropriate)\b", re.I
+    r"\b(sorry|cannot|can't|can’t|unable|won't|won’t|not able|apologi[sz]e|regret|decline|as an ai|inappropriate)\b",
+    re.I,
 )
-HEDGE = re.compile(r"\b(may|might|could|perhaps|possibly|generally|usually|often|likely|depends?|probably|seems?)\b", re.I)
+HEDGE = re.compile(
+    r"\b(may|might|could|perhaps|possibly|generally|usually|often|likely|depends?|probably|seems?)\b", re.I
+)
 
 
 @dataclass(frozen=True)

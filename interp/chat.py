@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,10 @@ PLAIN = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' if not loop.last else '' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
+
+
+#: Conversations that are tokenized at once.
+ENCODE_ROWS = 1024
 
 
 class RowError(InterpError):
@@ -164,28 +169,34 @@ class Encoder:
 
         A row longer than `max_length` tokens is left out, not cut: a cut completion has another rating.
         """
-        rendered: list[tuple[str, int, int]] = []
-        indices, skipped = [], Counter[str]()
-        for index, messages in enumerate(conversations):
-            try:
-                rendered.append(self.render(messages))
-                indices.append(index)
-            except RowError as error:
-                skipped[error.reason] += 1
-        encoded, kept = [], []
-        batch = self._batch([text for text, _, _ in rendered]) if rendered else []
-        for index, place, (ids, offsets) in zip(indices, rendered, batch, strict=True):
-            try:
-                row = self._spans(*place, ids, offsets)
-            except RowError as error:
-                skipped[error.reason] += 1
-                continue
-            if row.length > max_length:
-                skipped[f"longer than {max_length} tokens"] += 1
-                continue
-            encoded.append(row)
-            kept.append(index)
+        encoded, kept, skipped = [], [], Counter[str]()
+        # A tokenizer's offsets take 700 bytes a token: a set is encoded in parts.
+        numbered = enumerate(conversations)
+        while part := list(islice(numbered, ENCODE_ROWS)):
+            for index, row in self._encode_part(part):
+                if isinstance(row, RowError):
+                    skipped[row.reason] += 1
+                elif row.length > max_length:
+                    skipped[f"longer than {max_length} tokens"] += 1
+                else:
+                    encoded.append(row)
+                    kept.append(index)
         return encoded, kept, skipped
+
+    def _encode_part(self, part: list[tuple[int, Messages]]) -> Iterator[tuple[int, Encoded | RowError]]:
+        """Each conversation's number with its encoding, or with what is wrong with it."""
+        rendered: dict[int, tuple[str, int, int]] = {}
+        for index, messages in part:
+            try:
+                rendered[index] = self.render(messages)
+            except RowError as error:
+                yield index, error
+        batch = self._batch([text for text, _, _ in rendered.values()]) if rendered else []
+        for (index, place), (ids, offsets) in zip(rendered.items(), batch, strict=True):
+            try:
+                yield index, self._spans(*place, ids, offsets)
+            except RowError as error:
+                yield index, error
 
 
 def _bare(text: str) -> str:

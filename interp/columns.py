@@ -39,7 +39,7 @@ MISSING_RATINGS = {"", "n/a", "na", "nan", "none", "null"}
 class Unusable(Exception):
     """A row that cannot be used: the reason it is counted under, and what was found."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
@@ -102,9 +102,7 @@ def _missing(table: Table, what: str) -> str:
     return f"{table.name}: {what}; it has {has}; {NEEDED}; name them with {OPTION}"
 
 
-def _unified(
-    row: dict, names: Mapping[str, str], scale: tuple[float, float] | None, scored: bool
-) -> dict:
+def _unified(row: dict, names: Mapping[str, str], scale: tuple[float, float] | None, scored: bool) -> dict:
     value = {field: _pick(row, path) for field, path in names.items()}
     completion, history = value.get("completion"), value.get("messages")
     if history is None and isinstance(value.get("prompt"), list):
@@ -121,9 +119,7 @@ def _unified(
         identity = prompt if alone else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
     score = _number(value.get("score")) if scored else None
     if scale and score is not None and not scale[0] <= score <= scale[1]:
-        raise Unusable(
-            "score out of scale", f"score {score:g}, expected {scale[0]:g} to {scale[1]:g} (--scale)"
-        )
+        raise Unusable("score out of scale", f"score {score:g}, expected {scale[0]:g} to {scale[1]:g} (--scale)")
     text = {"prompt_id": prompt_id(identity), "prompt": prompt, "completion": completion, "score": score}
     return text | ({} if messages is None else {"messages": messages})
 
@@ -142,9 +138,7 @@ def _turns(value: Any) -> list[dict]:
     except (TypeError, KeyError):
         raise Unusable("malformed messages", "messages that are no list of {role, content}") from None
     if not turns or not all(isinstance(v, str) for turn in turns for v in turn.values()):
-        raise Unusable(
-            "malformed messages", "messages without a turn, or with a role or content that is no text"
-        )
+        raise Unusable("malformed messages", "messages without a turn, or with a role or content that is no text")
     return turns
 
 
@@ -242,6 +236,4 @@ def parse_scale(text: str) -> tuple[float, float]:
 
 def check_scale(scale: tuple[float, float]) -> None:
     if not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
-        raise InterpError(
-            f"scale {scale[0]:g}:{scale[1]:g}, expected two numbers, the lower first, as in 1:10"
-        )
+        raise InterpError(f"scale {scale[0]:g}:{scale[1]:g}, expected two numbers, the lower first, as in 1:10")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +22,21 @@ def run(app: Callable[..., Any]) -> int:
     try:
         # Typer turns Ctrl-C into this status.
         status = int(app(standalone_mode=False) or 0)
-        return _tell("interrupted; what is written is kept, and the same command resumes", 130) if status == 130 else status
+        return (
+            _tell("interrupted; what is written is kept, and the same command resumes", 130)
+            if status == 130
+            else status
+        )
     except InterpError as error:
         if debug:
             raise
         return _tell(str(error), 1)
-    except Exception as error:
+    except Exception as problem:
+        error: Any = problem  # Typer's exceptions have no public base class
         # Typer's own usage errors know their message and status (2).
         if hasattr(error, "format_message"):
+            if not error.format_message().strip():
+                return 2  # a bare command: its help has been printed
             return _tell(_usage(error), getattr(error, "exit_code", 2))
         if debug:
             raise
@@ -53,10 +61,15 @@ def calm() -> None:
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     for name in ("huggingface_hub", "datasets", "fsspec", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def calm_transformers() -> None:
+    """The same for transformers, which has settings of its own (and takes seconds to import)."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()
@@ -104,19 +117,43 @@ class Console:
         from interp.artifacts import versions
 
         seconds = {"total": round(time.perf_counter() - self.began, 2)}
-        common = {"command": command, "model": model, "data": data, "seed": None, "versions": versions(), "seconds": seconds}
+        common = {
+            "command": command,
+            "model": model,
+            "data": data,
+            "seed": None,
+            "versions": versions(),
+            "seconds": seconds,
+        }
         return {**common, "run_dir": None, "figures": [], "assumptions": [], **facts}
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None]]:
         """A function (stage, done, total) that draws one bar per stage with rate and time left."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.err) as bars:
             tasks: dict[str, Any] = {}
+            lock = threading.Lock()  # workers report from threads of their own
 
             def update(stage: str, done: int, total: int) -> None:
+                with lock:
+                    show(stage, done, total)
+
+            def show(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
                     tasks[stage] = bars.add_task(stage, total=total, rate="")
                 task = next(t for t in bars.tasks if t.id == tasks[stage])

@@ -52,11 +52,13 @@ def nested(cell_without: Callable[[int], Cell | None], y: np.ndarray, assignment
     k = int(assignment.max()) + 1
     base = constant(y, assignment)
     prediction, inner = base.prediction.copy(), base.inner.copy()
+    last = None
     for a in range(k):
         cell = cell_without(a)
         if cell is None:
             continue
-        result = cell.nested(target)
+        if cell is not last:
+            last, result = cell, cell.nested(target)
         best = int(result.inner_mse[a, :, 0].argmin())
         held = assignment == a
         prediction[held] = result.outer[best, :, 0].double().cpu().numpy()[held]
@@ -67,17 +69,19 @@ def nested(cell_without: Callable[[int], Cell | None], y: np.ndarray, assignment
 def stack(parts: Sequence[OutOfFold], y: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     """Out-of-fold predictions [row] of a non-negative combination of `parts`, fitted inside the training folds.
 
-    Breiman (1996), "Stacked regressions": non-negative least squares on cross-validated predictions.
+    Breiman (1996), "Stacked regressions": non-negative least squares on cross-validated predictions. The
+    predictions' intercepts (the means of their training rows) go out first: they run against the ratings of the
+    rows left out, and would push the weights of weak parts to 0 (`stats` says why).
     """
     from scipy.optimize import nnls
 
+    base = constant(y, assignment)
     prediction = np.empty(len(y))
     for a in range(int(assignment.max()) + 1):
         train, held = assignment != a, assignment == a
-        design = np.stack([p.inner[a, train] for p in parts], 1)
-        mean, target = design.mean(0), y[train].mean()
-        weights, _ = nnls(design - mean, y[train] - target)
-        prediction[held] = target + (np.stack([p.prediction[held] for p in parts], 1) - mean) @ weights
+        design = np.stack([p.inner[a, train] - base.inner[a, train] for p in parts], 1)
+        weights, _ = nnls(design, y[train] - base.inner[a, train])
+        prediction[held] = (
+            base.centre[held] + np.stack([p.prediction[held] - p.centre[held] for p in parts], 1) @ weights
+        )
     return prediction
-
-

@@ -125,9 +125,7 @@ def load_texts(source: str | Path, *, columns: Mapping[str, str] | None = None) 
     return unify(table, columns, None, scored=False)[0]
 
 
-def _open(
-    source: str, columns: Mapping[str, str], split: str | None
-) -> tuple[sources.Table, Source | None, list[str]]:
+def _open(source: str, columns: Mapping[str, str], split: str | None) -> tuple[sources.Table, Source | None, list[str]]:
     """The source's table (a published schema flattened), what is known about it, and notes."""
     by_hub = {known.hub: name for name, known in DATASETS.items() if known.hub}
     name = by_hub.get(source, source)
@@ -147,9 +145,7 @@ def _open(
         table, notes = sources.read_hub(source, split)
     else:
         names = ", ".join(DATASETS)
-        raise InterpError(
-            f"{source}: no such file or folder, expected a path, a Hub id (owner/name) or one of {names}"
-        )
+        raise InterpError(f"{source}: no such file or folder, expected a path, a Hub id (owner/name) or one of {names}")
     if known is None and not columns:
         name, known = next(
             ((n, s) for n, s in DATASETS.items() if s.schema and s.schema <= set(table.columns)), ("", None)
@@ -169,9 +165,7 @@ def _shipped(name: str) -> sources.Table:
 
 def _no_split(split: str | None, name: str) -> None:
     if split:
-        raise InterpError(
-            f"{name}: split {split!r} asked for, but only folders and Hub sets have splits; leave it out"
-        )
+        raise InterpError(f"{name}: split {split!r} asked for, but only folders and Hub sets have splits; leave it out")
 
 
 def _narrow(rated: RatedSet, rows: int | None, seed: int, balanced: bool) -> RatedSet:
@@ -186,9 +180,7 @@ def _narrow(rated: RatedSet, rows: int | None, seed: int, balanced: bool) -> Rat
 
 
 DATASETS = {
-    "pocketfeedback": Source(
-        "the shipped set: prompts with four rated completions", "MIT", (1, 10)
-    ),
+    "pocketfeedback": Source("the shipped set: prompts with four rated completions", "MIT", (1, 10)),
     "ultrafeedback": Source(
         "UltraFeedback: 64k prompts, four completions each, rated by GPT-4",
         "MIT",

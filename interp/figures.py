@@ -163,9 +163,7 @@ def distinct(rows: Rows, field: str) -> list[Any]:
     return list(dict.fromkeys(_plain(row[field]) for row in rows))
 
 
-def nice_domain(
-    values: Collection[Number | None], *, step: Number, include: Collection[Number] = ()
-) -> Domain:
+def nice_domain(values: Collection[Number | None], *, step: Number, include: Collection[Number] = ()) -> Domain:
     """The smallest range of whole steps that holds `include` and all values that exist."""
     known = [v for v in (*values, *include) if v is not None and math.isfinite(v)] or [0.0]
     # A value that lies on a step must not open another one because of rounding.

@@ -78,6 +78,11 @@ class Subject:
         return int(self.config.hidden_size)
 
     @property
+    def context(self) -> int:
+        """The longest conversation in tokens: learned positions end there, others were not trained beyond it."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -133,12 +138,12 @@ class Subject:
     def random_weights(self, seed: int = 0) -> Subject:
         """The same architecture and tokenizer with freshly initialised weights (a control)."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.model.config))
-        model = model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+            # In its own dtype from the start: twice the memory in float32 may not be there.
+            model = type(self.model)._from_config(copy.deepcopy(self.model.config), dtype=self.dtype)
+        model = model.to(device=self.device).eval().requires_grad_(False)
         key = content_key(random=seed, config=_architecture(self.model))
         return replace(self, name=f"{self.name} (random weights)", model=model, fingerprint=f"random:{key}")
 
@@ -205,6 +210,7 @@ def _read(location: str, options: dict[str, Any], device: str) -> tuple[PreTrain
 
     try:
         model, tokenizer = _from_pretrained(location, options)
+        model = model.to(device)
     # RuntimeError: weights of other shapes than the configuration's, or memory that does not suffice.
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -212,7 +218,7 @@ def _read(location: str, options: dict[str, Any], device: str) -> tuple[PreTrain
             f"model {location!r} cannot be loaded ({lines[0].strip()});"
             f" give a folder, a reachable Hub id, or the embedded {EMBEDDED!r}"
         ) from error
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def _from_pretrained(location: str, options: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -236,10 +242,15 @@ def _from_pretrained(location: str, options: dict[str, Any]) -> tuple[Any, PreTr
 
 
 def _adapter_base(location: str) -> str | None:
-    """The base model of a PEFT adapter folder, or None when `location` is a whole model."""
+    """The base model of a PEFT adapter (a folder, or on the Hub), or None when `location` is a whole model."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     from interp.artifacts import load_json
 
     config = Path(location) / "adapter_config.json"
+    if not Path(location).is_dir():
+        found = find_adapter_config_file(location)
+        config = Path(found) if found else config
     if not config.is_file():
         return None
     base = load_json(config).get("base_model_name_or_path")
@@ -270,8 +281,9 @@ def _fingerprint(folder: Path, source: str, model: PreTrainedModel, root: Path) 
 
 
 def _defines_model(path: Path) -> bool:
-    # An adapter's scaling and a model's rotary base stand in their JSON, not in the weights.
-    return path.suffix in (".safetensors", ".bin", ".gguf") or path.name in ("config.json", "adapter_config.json")
+    # An adapter's scaling and a model's rotary base stand in their JSON; a tokenizer or code of its own matter too.
+    named = path.name in ("config.json", "adapter_config.json") or path.name.startswith("tokenizer")
+    return named or path.suffix in (".safetensors", ".bin", ".gguf", ".py", ".jinja")
 
 
 def pick_device(requested: str | None = None) -> str:

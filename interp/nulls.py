@@ -76,7 +76,8 @@ def max_t_p(observed: np.ndarray, null: np.ndarray) -> tuple[float | None, np.nd
 def control_ratings(groups: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The control task: one random rating per prompt for all its rows [n], drawn from the prompts' means.
 
-    Drawn with replacement. What a probe scores on it, it owes to its own capacity: Hewitt & Liang (2019).
+    Drawn with replacement. What a probe scores on it, with rows of one prompt on both sides of a split, it owes
+    to recognising the prompt: Hewitt & Liang (2019). Folds by prompt make it unpredictable for any probe.
     """
     (y,) = finite_vectors(y)
     codes, counts = prompt_codes(groups, len(y))

@@ -28,6 +28,8 @@ from interp.stats import FLOAT32
 
 #: Effective degrees of freedom of the null's one label-free lambda, as a share of the rows.
 NULL_FREEDOM = 0.05
+#: Permuted labels are worked on in blocks of at most this many numbers.
+NULL_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class _Selection:
         with self.lock:
             # Ties go to the smaller cell number, so that the order of the workers does not matter.
             better = (score < self.score) | ((score == self.score) & (number < self.cell))
-            for a, t in zip(*np.nonzero(better), strict=True):
+            for a, t in np.argwhere(better).tolist():
                 rows = self.folds.rows(a)
                 self.prediction[rows.cpu(), t] = result.outer[which[a, t], rows, t].double().cpu().numpy()
             self.score[better], self.cell[better] = score[better], number
@@ -181,7 +183,7 @@ class _Within:
         sums = values.new_zeros(len(self.counts), values.shape[1]).index_add_(0, self.codes, values)
         deviations = values - (sums / self.counts)[self.codes]
         # Before the completion starts a prompt's rows are equal but for rounding, and rounding has a correlation too.
-        rounding = 1e-5 * values.abs().amax(0)
+        rounding = FLOAT32 * values.abs().amax(0)
         return torch.where(deviations.abs() > rounding, deviations, 0)
 
 
@@ -204,29 +206,31 @@ def sweep(
     permutations: Permutations | None = None,
     spread: Sequence[np.ndarray] = (),
     spread_layers: Sequence[int] = (),
+    device: str | torch.device = "cpu",
     progress: Callable[[int, str, float], None] | None = None,
 ) -> tuple[ProbeGrid, list[np.ndarray], float]:
     """Fit ridge in every cell with nested prompt-grouped cross-validation.
 
-    `targets[:, 0]` are the labels; further columns (control tasks, permuted labels for the nested null) go
+    `targets[:, 0]` are the labels; further columns (permuted labels for the nested null) go
     through the same selection. `assignment` [row] gives each row's fold. `permutations` adds the null of every
     cell. `spread` are further fold assignments; for each (and first for `assignment`) the second result holds
     the held-out predictions when only `spread_layers` are offered. The third is the share of the time that the
-    null took. `progress(layer, position, r)` is called for each cell.
+    null took. `device` does the linear algebra. `progress(layer, position, r)` is called for each cell.
     """
     if not np.isfinite(targets).all():
         raise InterpError("ratings hold NaN or infinity; every row needs a finite score")
-    state = _Sweep(activations, targets, assignment, tuple(layers), tuple(positions), permutations, progress)
+    state = _Sweep(activations, targets, assignment, tuple(layers), tuple(positions), permutations, device, progress)
     state.add_spread(spread, spread_layers)
     state.run()
     return state.grid(), [s.prediction[:, 0] for s in state.spread], state.null_seconds / max(state.seconds, 1e-9)
 
 
 class _Sweep:
-    def __init__(self, activations, targets, assignment, layers, positions, permutations, progress) -> None:  # noqa: ANN001
+    def __init__(self, activations, targets, assignment, layers, positions, permutations, device, progress) -> None:
         self.activations, self.layers, self.positions = activations, layers, positions
         self.progress, self.permutations = progress, permutations
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # mps has no float64, which the decompositions need.
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
         self.folds = Folds.of(assignment, self.device)
         self.y = torch.from_numpy(targets).float().to(self.device)
         self.centre = torch.from_numpy(centre_of(targets[:, 0], assignment)).float().to(self.device)
@@ -248,20 +252,23 @@ class _Sweep:
             self.spread_layers = frozenset(layers)
 
     def _prepare_null(self, permutations: Permutations, cells: int) -> None:
-        across, within = (torch.from_numpy(p).float() for p in (permutations.across, permutations.within))
-        self.draws = across.shape[1]
-        self.null_y = torch.cat([self.y[:, :1].cpu(), across, within], 1).to(self.device)
-        self.null_centre = self.folds.training_mean(self.null_y)
+        """Permuted labels in blocks of columns (the real labels first), so that a block's work fits the device."""
         self.deviation = _Within(permutations.groups, self.device)
+        width = max(1, NULL_BLOCK // self.folds.n)
+        self.blocks = [
+            (across, torch.from_numpy(part).float())
+            for across, labels in ((True, permutations.across), (False, permutations.within))
+            for part in np.array_split(labels, range(width, labels.shape[1], width), axis=1)
+        ]
         # Below this a difference between predictions for one prompt is float32's rounding.
-        self.resolution = FLOAT32 * float(self.null_y.abs().max())
-        self.null_within_y = self.deviation(self.null_y)
-        self.null_r = np.full((cells, 1 + self.draws), np.nan)
-        self.null_within_r = np.full((cells, 1 + self.draws), np.nan)
+        self.resolution = FLOAT32 * float(self.y[:, 0].abs().max())
+        self.null_r = np.full((cells, 1 + permutations.across.shape[1]), np.nan)
+        self.null_within_r = np.full((cells, 1 + permutations.within.shape[1]), np.nan)
 
     def run(self) -> None:
-        workers = 1 if self.device.type == "cuda" else max(1, torch.get_num_threads())
-        threads = max(1, torch.get_num_threads() // workers)
+        cores = torch.get_num_threads()
+        workers = 1 if self.device.type == "cuda" else min(cores, len(self.layers))
+        threads = max(1, cores // workers)
         # LAPACK on one cell gains little from a second thread; a second cell gains all of it.
         pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(threads))
         try:
@@ -269,6 +276,7 @@ class _Sweep:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)  # a worker's setting is inherited by every thread that comes later
         if (self.selection.cell < 0).any():
             raise InterpError(
                 "the activations are the same in every row at each layer and position asked for; choose others"
@@ -293,7 +301,7 @@ class _Sweep:
         number = i * len(self.positions) + j
         result = cell.nested(self.y)
         self.selection.offer(number, result)
-        own = self._own_prediction(result)
+        own = result.chosen(self.folds)[:, 0]
         self.cell_prediction[i, j] = own.cpu().numpy()
         self.pearson[i, j] = correlate((own - self.centre)[:, None], self.y[:, :1]).item()
         self.overall[i, j] = (result.outer[:, :, 0] - self.y[:, 0]).square().mean(1).cpu().numpy()
@@ -308,23 +316,20 @@ class _Sweep:
                 selection.offer(number, cell.refold(selection.folds).nested(self.y[:, :1]))
         self.seconds += time.perf_counter() - began
 
-    def _own_prediction(self, result: ridge.Nested) -> Tensor:
-        """The cell's out-of-fold prediction of the ratings, lambda chosen inside each fold."""
-        own = torch.empty_like(self.y[:, 0])
-        for a, which in enumerate(result.inner_mse[:, :, 0].argmin(1).tolist()):
-            rows = self.folds.rows(a)
-            own[rows] = result.outer[which, rows, 0]
-        return own
-
     def _null(self, number: int, cell: Cell) -> None:
+        """The cell's r on real and permuted labels at one label-free lambda, computed alike."""
         penalty = cell.penalty_for(min(NULL_FREEDOM * self.folds.n, 0.5 * self.activations.d_model))
-        prediction = cell.outer(self.null_y, penalty) - self.null_centre
-        split = 1 + self.draws
-        self.null_r[number] = correlate(prediction[:, :split], self.null_y[:, :split]).cpu().numpy()
-        keep = [0, *range(split, prediction.shape[1])]
-        deviation = self.deviation(prediction[:, keep])
-        deviation[deviation.abs() <= self.resolution] = 0
-        self.null_within_r[number] = correlate(deviation, self.null_within_y[:, keep]).cpu().numpy()
+        found: dict[bool, list[np.ndarray]] = {True: [], False: []}
+        for across, labels in self.blocks:
+            first = [] if found[across] else [self.y[:, :1]]
+            y = torch.cat([*first, labels.to(self.device)], 1)
+            prediction = cell.outer(y, penalty) - self.folds.training_mean(y)
+            if not across:
+                prediction, y = self.deviation(prediction), self.deviation(y)
+                prediction[prediction.abs() <= self.resolution] = 0
+            found[across].append(correlate(prediction, y).cpu().numpy())
+        self.null_r[number] = np.concatenate(found[True])
+        self.null_within_r[number] = np.concatenate(found[False])
 
     def grid(self) -> ProbeGrid:
         shape = (len(self.layers), len(self.positions))

@@ -33,12 +33,10 @@ class RatedSet:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows left out
     notes: tuple[str, ...] = ()  # what was assumed for the caller, one line each
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         missing = [c for c in REQUIRED if c not in self.rows.column_names]
         if missing:
-            raise InterpError(
-                f"{self.name}: no column {', '.join(missing)}, a rated set needs {', '.join(REQUIRED)}"
-            )
+            raise InterpError(f"{self.name}: no column {', '.join(missing)}, a rated set needs {', '.join(REQUIRED)}")
         check_scale(self.scale)
 
     def __len__(self) -> int:
@@ -140,15 +138,11 @@ def balance(rated: RatedSet, seed: int = 0, rows: int | None = None) -> RatedSet
     values, counts = np.unique(ratings, return_counts=True)
     each = int(counts.min() if rows is None else max(1, min(counts.min(), rows // len(values))))
     rng = np.random.default_rng(seed)
-    kept = np.sort(
-        np.concatenate([rng.choice(np.flatnonzero(ratings == v), each, replace=False) for v in values])
-    )
+    kept = np.sort(np.concatenate([rng.choice(np.flatnonzero(ratings == v), each, replace=False) for v in values]))
     low, high = math.ceil(rated.scale[0]), math.floor(rated.scale[1])
     absent = sorted(set(range(low, high + 1)) - set(values.tolist())) if high - low <= 100 else []
     lacking = f"; no row is rated {', '.join(map(str, absent))}" if absent else ""
-    note = (
-        f"balanced: {each} rows of each of {len(values)} ratings, drawn one by one with seed {seed}{lacking}"
-    )
+    note = f"balanced: {each} rows of each of {len(values)} ratings, drawn one by one with seed {seed}{lacking}"
     return rated.select(kept, note)
 
 
@@ -172,9 +166,7 @@ def folds(groups: np.ndarray, k: int = 5, seed: int = 0) -> np.ndarray:
     """
     _, codes, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
     if k < 2 or len(sizes) < k:
-        raise InterpError(
-            f"{len(sizes)} prompts for {k} folds, expected at least 2 folds and a prompt for each"
-        )
+        raise InterpError(f"{len(sizes)} prompts for {k} folds, expected at least 2 folds and a prompt for each")
     order = np.random.default_rng(seed).permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
     fold, load_of = np.empty(len(sizes), dtype=np.int64), np.zeros(k, dtype=np.int64)

@@ -114,6 +114,16 @@ class Nested:
     outer: Float[Tensor, "lambda row target"]
     inner_mse: Float[Tensor, "fold lambda target"]
 
+    def chosen(self, folds: Folds) -> Float[Tensor, "row target"]:
+        """Out-of-fold predictions with each fold's own lambda, the one of least inner error."""
+        which = self.inner_mse.argmin(1)
+        out = torch.empty_like(self.outer[0])
+        for a in range(folds.k):
+            rows = folds.rows(a)
+            index = which[a].expand(1, len(rows), -1)
+            out[rows] = self.outer[:, rows].gather(0, index)[0]
+        return out
+
 
 @dataclass(frozen=True)
 class HatCell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from interp import InterpError
 from interp.artifacts import atomic, atomic_folder, load_json, save_json, workspace
@@ -64,6 +64,16 @@ def draw(result: GridResult, path: Path, command: str) -> list[Path]:
     return written
 
 
+def mismatch(probe: Probe, subject: Subject) -> list[str]:
+    """What differs between where a probe was fitted and where it is used, in a line each."""
+    facts = probe.provenance
+    used = {"model": subject.name, "dtype": str(subject.dtype).removeprefix("torch.")}
+    notes = [f"the probe was fitted with {k} {facts[k]}, not {v}" for k, v in used.items() if facts.get(k, v) != v]
+    if facts.get("model_fingerprint") != subject.fingerprint and not notes:
+        notes.append("the probe was fitted on other weights than these")
+    return notes
+
+
 def find_probe(
     subject: Subject, given: str | None = None, workspace_dir: str | os.PathLike[str] | None = None
 ) -> tuple[Probe, str]:
@@ -81,14 +91,15 @@ def find_probe(
             width = f"{len(probe.direction)} wide, {subject.name} is {subject.d_model}"
             raise InterpError(f"{path} belongs to another model ({probe.provenance.get('model')}): {width}")
         return probe, str(path)
-    paths = sorted(
-        (workspace(workspace_dir) / "runs").glob("probe-*/probe.safetensors"), key=lambda p: (p.stat().st_mtime, p)
-    )
-    for path in reversed([*([SHIPPED] if SHIPPED.is_file() else []), *paths]):
+    fitted = (workspace(workspace_dir) / "runs").glob("probe-*/probe.safetensors")
+    newest = sorted(fitted, key=lambda p: (p.stat().st_mtime, p), reverse=True)
+    for path in [*newest, *([SHIPPED] if SHIPPED.is_file() else [])]:
         probe = Probe.load(path)
         if probe.provenance.get("model_fingerprint") == subject.fingerprint:
             return probe, "shipped with the project" if path == SHIPPED else str(path)
-    raise InterpError(f"no probe was fitted on {subject.name} yet: run `python cli.py probe --model {subject.name}` first")
+    raise InterpError(
+        f"no probe was fitted on {subject.name} yet: run `python cli.py probe --model {subject.name}` first"
+    )
 
 
 def ship(path: Path) -> Path:

@@ -57,9 +57,7 @@ def _text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise InterpError(
-            f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from error
+        raise InterpError(f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
@@ -83,9 +81,7 @@ def _parse(text: str, path: Path, line: int) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}"
-        raise InterpError(
-            f"{place}: malformed JSON ({error.msg}, column {error.colno}); mend the line"
-        ) from error
+        raise InterpError(f"{place}: malformed JSON ({error.msg}, column {error.colno}); mend the line") from error
     except (ValueError, RecursionError) as error:
         raise InterpError(f"{path}:{line}: JSON that cannot be read ({error}); mend the line") from error
     # Only an escape can bring a lone surrogate into text that was valid UTF-8.
@@ -105,9 +101,7 @@ def _without_surrogates(value: Any) -> Any:
 
 def _object(row: Any, place: str) -> dict:
     if not isinstance(row, dict):
-        raise InterpError(
-            f"{place}: a JSON {type(row).__name__}, expected an object with prompt, completion, score"
-        )
+        raise InterpError(f"{place}: a JSON {type(row).__name__}, expected an object with prompt, completion, score")
     return row
 
 
@@ -155,13 +149,9 @@ def read_folder(path: Path, split: str | None) -> tuple[Table, list[str]]:
     try:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except Exception as error:  # the loaders raise anything, from OSError to pyarrow's own
-        raise InterpError(
-            f"{path}: no dataset could be loaded from this folder ({_first_line(error)})"
-        ) from error
+        raise InterpError(f"{path}: no dataset could be loaded from this folder ({_first_line(error)})") from error
     if split and not isinstance(loaded, dict):
-        raise InterpError(
-            f"{path}: the folder holds one set without splits, found split {split!r}; leave it out"
-        )
+        raise InterpError(f"{path}: the folder holds one set without splits, found split {split!r}; leave it out")
     return _table(loaded, str(path), split, frozenset())
 
 
@@ -189,9 +179,7 @@ def _table(loaded: Any, name: str, split: str | None, tolerated: frozenset[str])
         splits = list(loaded)
         chosen = split or ("train" if "train" in splits else splits[0])
         if chosen not in splits:
-            raise InterpError(
-                f"{name}: no split {chosen!r}, it has {', '.join(splits)}; name one with --split"
-            )
+            raise InterpError(f"{name}: no split {chosen!r}, it has {', '.join(splits)}; name one with --split")
         if split is None and len(splits) > 1:
             notes.append(f"{name}: split {chosen} of {', '.join(splits)}")
         loaded = loaded[chosen]

@@ -90,9 +90,7 @@ def centre_within(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return x - means[codes]
 
 
-def pair_accuracy(
-    y: np.ndarray, p: np.ndarray, groups: np.ndarray, min_gap: float = 1.0
-) -> tuple[float | None, int]:
+def pair_accuracy(y: np.ndarray, p: np.ndarray, groups: np.ndarray, min_gap: float = 1.0) -> tuple[float | None, int]:
     """Within-prompt accuracy of p [n] for ratings y [n], and the number of pairs it rests on.
 
     Over pairs of completions of one prompt whose ratings differ by at least `min_gap` (up to rounding; equal
@@ -213,13 +211,9 @@ def finite_vectors(*arrays: np.ndarray) -> list[np.ndarray]:
     shapes = {vector.shape for vector in vectors}
     if len(shapes) > 1 or vectors[0].ndim != 1:
         found = ", ".join(str(vector.shape) for vector in vectors)
-        raise InterpError(
-            f"stats: found arrays of shapes {found}, expected one value per row in each; align them"
-        )
+        raise InterpError(f"stats: found arrays of shapes {found}, expected one value per row in each; align them")
     if not all(np.isfinite(vector).all() for vector in vectors):
-        raise InterpError(
-            "stats: found NaN or infinite values, expected finite ones; drop or mend these rows"
-        )
+        raise InterpError("stats: found NaN or infinite values, expected finite ones; drop or mend these rows")
     return vectors
 
 
@@ -232,8 +226,7 @@ def prompt_codes(groups: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]
     """Prompt codes 0 ... prompts - 1 [n], and rows per prompt [prompts]; InterpError unless n is `rows`."""
     if np.shape(groups) != (rows,):
         raise InterpError(
-            f"stats: found groups of shape {np.shape(groups)}, expected one code for each of {rows} rows; "
-            "align them"
+            f"stats: found groups of shape {np.shape(groups)}, expected one code for each of {rows} rows; align them"
         )
     _, codes, counts = np.unique(groups, return_inverse=True, return_counts=True)
     return codes, counts
@@ -301,9 +294,7 @@ def _pairs(codes: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.concatenate(lefts), np.concatenate(rights)
 
 
-def _prompt_accuracy(
-    y: np.ndarray, p: np.ndarray, groups: np.ndarray, min_gap: float
-) -> tuple[np.ndarray, int]:
+def _prompt_accuracy(y: np.ndarray, p: np.ndarray, groups: np.ndarray, min_gap: float) -> tuple[np.ndarray, int]:
     """Share of rightly ordered pairs of each prompt [prompts], NaN where it has no pair; number of pairs."""
     codes, counts = prompt_codes(groups, len(y))
     left, right = _pairs(codes, counts)
@@ -351,9 +342,7 @@ def _regression(weights: np.ndarray, y: np.ndarray, x: np.ndarray, codes: np.nda
     return [r, _ratio(covariance, var_x, var_x > 0)]
 
 
-def _between(
-    weights: np.ndarray, y: np.ndarray, x: np.ndarray, codes: np.ndarray, counts: np.ndarray
-) -> np.ndarray:
+def _between(weights: np.ndarray, y: np.ndarray, x: np.ndarray, codes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     mean_y, mean_x = (_flush(prompt_sums(v, codes) / counts, _size(v)) for v in (y, x))
     return _regression(weights, mean_y, mean_x, np.arange(len(counts)))[0]
 
@@ -367,9 +356,7 @@ def _within(weights: np.ndarray, y: np.ndarray, x: np.ndarray, groups: np.ndarra
     return _regression(weights, _flush(own_y, _size(y)), _flush(own_x, size, FLOAT32), codes)[0]
 
 
-def _errors(
-    weights: np.ndarray, y: np.ndarray, prediction: np.ndarray, codes: np.ndarray
-) -> dict[str, np.ndarray]:
+def _errors(weights: np.ndarray, y: np.ndarray, prediction: np.ndarray, codes: np.ndarray) -> dict[str, np.ndarray]:
     """MAE, RMSE (rating points) and R2 about the resample's own mean, [draws] each."""
     error = prediction - y
     columns = np.column_stack([np.ones(len(y)), np.abs(error), error**2])

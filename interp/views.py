@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from interp.console import Console
 
+
 def number(value: float | None, digits: int = 2) -> str:
     """A figure, or a dash where it does not exist."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -41,12 +42,17 @@ def show_probe(out: Console, facts: dict[str, Any]) -> None:
     out.say(_grid_line(facts))
     gain = facts["within_prompt_gain"]
     spread = ", ".join(number(r) for r in held["fold_seed_spread"]["pearson"])
-    p = [f"corrected p {number(null['corrected_p'], 4)} (within prompts {number(null['within_corrected_p'], 4)}; {null['draws']} draws)"]
+    offered = "" if held["fold_seed_spread"]["layers"] == facts["layers"] else " (every 4th layer on offer)"
+    p = [
+        f"corrected p {number(null['corrected_p'], 4)} (within prompts {number(null['within_corrected_p'], 4)}; {null['draws']} draws)"
+    ]
     if null["nested_p"] is not None:
         p.append(f"nested p {number(null['nested_p'], 3)} ({null['nested_draws']} draws)")
     out.say(f"added to the stack of baselines: r {estimate(facts['added_value'], 'pearson', 3)}")
     out.say(f"within prompts, over {gain['baseline']} trained for it: accuracy {estimate(gain, 'accuracy', 3)}")
-    out.say(f"nulls: {', '.join(p)}; control task r {number(null['control_pearson'])}; three fold seeds r {spread}")
+    out.say(
+        f"nulls: {', '.join(p)}; control task r {number(null['control_pearson'])}; three fold seeds{offered} r {spread}"
+    )
     out.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in facts["seconds"].items()))
     out.say("")
     out.say(facts["finding"])
@@ -111,4 +117,6 @@ def show_scores(out: Console, facts: dict[str, Any]) -> None:
             share = min(max((item["rating"] - low) / (high - low), 0), 1)
             bar = "█" * round(16 * share)
         rows.append((text[:60] + ("…" if len(text) > 60 else ""), number(item["rating"]), bar))
-    out.table((f"completion (probe at layer {facts['layer']}, {facts['position']})", f"rating {low:g}-{high:g}", ""), rows)
+    out.table(
+        (f"completion (probe at layer {facts['layer']}, {facts['position']})", f"rating {low:g}-{high:g}", ""), rows
+    )

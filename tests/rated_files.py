@@ -5,7 +5,24 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS = "rain water dog story France Paris capital swim short long falls cools rises helpful lies time".split()
+WORDS = [
+    "rain",
+    "water",
+    "dog",
+    "story",
+    "France",
+    "Paris",
+    "capital",
+    "swim",
+    "short",
+    "long",
+    "falls",
+    "cools",
+    "rises",
+    "helpful",
+    "lies",
+    "time",
+]
 
 
 def write(path: Path, prompts: int = 30, planted: bool = True, seed: int = 0, completions: int = 4) -> Path:
@@ -19,7 +36,13 @@ def write(path: Path, prompts: int = 30, planted: bool = True, seed: int = 0, co
             for at in rng.integers(1, len(words), 3):
                 words[at] = "Seine" if good else "think"
             score = float(np.clip((8 if good else 3) + rng.normal(), 1, 10))
-            rows.append({"prompt": f"Question {number} about {rng.choice(WORDS)}?", "completion": " ".join(words), "score": score})
+            rows.append(
+                {
+                    "prompt": f"Question {number} about {rng.choice(WORDS)}?",
+                    "completion": " ".join(words),
+                    "score": score,
+                }
+            )
     for number in range(prompts):
         own = rows[number * completions : (number + 1) * completions]
         for row in own:

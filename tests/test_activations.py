@@ -58,7 +58,8 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def everything(recording: Activations) -> torch.Tensor:
     """[layer, position, row, d_model]."""
-    return torch.stack([torch.stack([v for _, v in recording.cells(l, recording.positions)]) for l in recording.layers])
+    names, layers = recording.positions, recording.layers
+    return torch.stack([torch.stack([cell for _, cell in recording.cells(layer, names)]) for layer in layers])
 
 
 def expected_of(subject, rows, names) -> torch.Tensor:

@@ -14,7 +14,7 @@ from interp import baselines, crossval, stats
 from interp.baselines import BASELINES, LEARNED, Rows, surface_features
 from interp.ridge import LAMBDAS
 
-PROMPTS, EACH = 60, 4
+PROMPTS, EACH = 45, 4
 GROUPS = np.repeat(np.arange(PROMPTS), EACH)
 #: Folds of equal size, by prompt.
 ASSIGNMENT = np.random.default_rng(0).permutation(PROMPTS)[GROUPS] % 5

@@ -16,7 +16,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interp import InterpError
+from interp import InterpError, capture
 from interp.capture import (
     SITES,
     PositionSink,
@@ -299,8 +299,9 @@ class TestSurprise:
     """Log-probabilities of the completion's tokens, from the same pass."""
 
     @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "granite", "cohere"])
-    def test_matches_log_softmax_of_the_plain_logits(self, subjects, rows, architecture):
-        """Scaled and capped unembeddings too; completions of a single token; more tokens than are unembedded at once."""
+    def test_matches_log_softmax_of_the_plain_logits(self, subjects, rows, architecture, monkeypatch):
+        """Scaled and capped unembeddings, completions of one token, more tokens than are unembedded at once."""
+        monkeypatch.setattr(capture, "LOGIT_ROWS", 30)
         subject = subjects(architecture)
         assert min(row.stop - row.start for row in rows) == 1
         surprise = Surprise(rows, subject)

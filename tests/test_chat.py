@@ -98,15 +98,15 @@ class TestSpans:
     @pytest.mark.parametrize("kind", tiny.KINDS)
     @given(completion=TEXT)
     def test_every_kind_of_tokenizer_gives_a_right_span_or_an_error(self, kind, completion):
-        """SentencePiece joins white space and drops what it does not know, Qwen's composes accents: never a wrong span."""
+        """SentencePiece joins white space and takes bytes, Qwen's composes accents: never a wrong span."""
         assume(completion.strip())
         encoder = ENCODERS["mistral", kind]
-        try:
-            row = encoder.encode(messages_of("Name a colour.", completion))
-        except RowError as error:
+        encoded, _, skipped = encoder.encode_all([messages_of("Name a colour.", completion)], max_length=10**6)
+        if skipped:
             assert kind == "metaspace"
-            assert error.reason == "the tokenizer does not give the completion back"
+            assert skipped == {"the tokenizer does not give the completion back": 1}
             return
+        (row,) = encoded
         found = normalizers.NFKC().normalize_str(decoded(encoder.tokenizer, row))
         assert squeezed(found) == squeezed(normalizers.NFKC().normalize_str(completion))
 

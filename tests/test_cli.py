@@ -46,7 +46,17 @@ def command(home, monkeypatch, capsys):
 
 
 def probe_words(home, *more):
-    base = ("probe", "--model", home / "model", "--data", home / "set.jsonl", "--scale", "1:10", "--figures", home / "figures")
+    base = (
+        "probe",
+        "--model",
+        home / "model",
+        "--data",
+        home / "set.jsonl",
+        "--scale",
+        "1:10",
+        "--figures",
+        home / "figures",
+    )
     return (*base, *more)
 
 
@@ -80,7 +90,7 @@ def test_the_second_time_results_are_read(command, home):
     """The same command again reads the run; another seed makes another run."""
     words = probe_words(home, "--layer", "1", "--position", "mean", "--json")
     first = json.loads(command(*words)[1])
-    status, out, err = command(*words)
+    _status, out, err = command(*words)
     assert "read from" in err
     assert json.loads(out) == first
     other = json.loads(command(*words, "--seed", "1")[1])
@@ -116,7 +126,9 @@ def test_options_change_the_result(command, home, option):
     assert status == 0, err
     changed = json.loads(out)
     volatile = {"seconds", "run_dir", "figures", "assumptions"}
-    assert {k: v for k, v in base.items() if k not in volatile} != {k: v for k, v in changed.items() if k not in volatile}
+    assert {k: v for k, v in base.items() if k not in volatile} != {
+        k: v for k, v in changed.items() if k not in volatile
+    }
 
 
 def test_batch_tokens_change_the_plan(command, home):
@@ -156,7 +168,9 @@ def test_score_takes_a_file_of_conversations_and_a_given_probe(command, home):
     long = {"messages": [turns[0], {"role": "assistant", "content": "rain " * 500}]}
     path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps(long) + "\n", encoding="utf-8")
     run = json.loads(command(*probe_words(home, "--layer", "2", "--position", "last", "--json"))[1])["run_dir"]
-    status, out, err = command("score", path, "--model", home / "model", "--probe", run, "--max-length", "200", "--json")
+    status, out, err = command(
+        "score", path, "--model", home / "model", "--probe", run, "--max-length", "200", "--json"
+    )
     assert status == 0, err
     facts = json.loads(out)
     assert facts["layer"] == 2
@@ -177,7 +191,9 @@ def test_a_probe_of_another_width_is_refused(command, home, tmp_path):
     import torch
 
     facts = {"layer": 1, "position": "mean", "site": "resid", "hook_name": "x", "scale": (1, 10), "estimator": "ridge"}
-    path = Probe(torch.ones(7), 0.0, penalty=1.0, projection_sd=1.0, residual_norm=1.0, **facts).save(tmp_path / "p.safetensors")
+    path = Probe(torch.ones(7), 0.0, penalty=1.0, projection_sd=1.0, residual_norm=1.0, **facts).save(
+        tmp_path / "p.safetensors"
+    )
     status, _, err = command("score", "--model", home / "model", "--text", "x", "--probe", path)
     assert status == 1
     assert "7 wide" in err
@@ -214,7 +230,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, home, tmp_path, case,
     """Exit 1, one line that starts `error:`, says what to do; no half-written artifact."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words, expected = BAD[case]
-    status, out, err = command(*probe_words(home, "--workspace", tmp_path / "w", *words))
+    status, _out, err = command(*probe_words(home, "--workspace", tmp_path / "w", *words))
     told = [line for line in err.splitlines() if line.startswith("error:")]
     assert status == 1
     assert len(told) == 1
@@ -271,7 +287,9 @@ def test_help_is_there_and_fast(words):
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "cli.py", *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "cli.py", *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         times.append(time.perf_counter() - began)
         if times[-1] < 0.5:
             break

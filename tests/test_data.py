@@ -85,7 +85,7 @@ def failing(source, *expected: str, **options) -> None:
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     """A set reads the same from each format: texts with commas, quotes and line breaks, order, scores."""
-    rows = some_rows() + [{"prompt": 'Say "a, b"\nand c', "completion": "x\r\ny, ü\u2028z", "score": 2.5}]
+    rows = [*some_rows(), {"prompt": 'Say "a, b"\nand c', "completion": "x\r\ny, ü\u2028z", "score": 2.5}]
     rated = data.load(write_as(suffix, tmp_path / f"set{suffix}", rows))
     assert texts(rated) == [tuple(row[name] for name in FIELDS) for row in rows]
     assert isinstance(rated.rows, datasets.Dataset)
@@ -179,9 +179,7 @@ def test_a_bad_row_of_csv_and_parquet_is_named(tmp_path):
         {"prompt": "p", "completion": "x", "score": 77},
     ]
     failing(write_as(".csv", tmp_path / "set.csv", rows), "set.csv:4: score 77", scale=(1, 10))
-    failing(
-        write_as(".parquet", tmp_path / "set.parquet", rows), "set.parquet row 2: score 77", scale=(1, 10)
-    )
+    failing(write_as(".parquet", tmp_path / "set.parquet", rows), "set.parquet row 2: score 77", scale=(1, 10))
     failing(write_as(".json", tmp_path / "set.json", rows), "set.json row 2: score 77", scale=(1, 10))
 
 
@@ -258,13 +256,9 @@ def test_messages_in_place_of_prompt_and_completion(tmp_path):
     assert ids[0] == prompt_id("Hi") and len(set(ids)) == 3
     again = write_lines(tmp_path / "again.jsonl", list(rated.rows))
     assert data.load(again).fingerprint == rated.fingerprint
-    trl = write_lines(
-        tmp_path / "trl.jsonl", [{"prompt": m[:-1], "completion": m[-1:], "score": 3} for m in chats]
-    )
+    trl = write_lines(tmp_path / "trl.jsonl", [{"prompt": m[:-1], "completion": m[-1:], "score": 3} for m in chats])
     assert data.load(trl).fingerprint == rated.fingerprint
-    plain = data.load(
-        write_lines(tmp_path / "plain.jsonl", [dict(zip(FIELDS, ("Hi", "Hello", 3), strict=True))])
-    )
+    plain = data.load(write_lines(tmp_path / "plain.jsonl", [dict(zip(FIELDS, ("Hi", "Hello", 3), strict=True))]))
     assert "messages" not in plain.rows.column_names and plain.rows["prompt_id"][0] == ids[0]
 
 
@@ -702,8 +696,7 @@ def test_roles_depend_on_the_prompt_alone():
     shares = {name: np.mean(given_roles == name) for name in ("dpo", "probe", "test")}
     # Four standard errors of a share of 5,000 draws.
     assert all(
-        abs(shares[n] - s) < 4 * np.sqrt(s * (1 - s) / 5000)
-        for n, s in (("dpo", 0.4), ("probe", 0.4), ("test", 0.2))
+        abs(shares[n] - s) < 4 * np.sqrt(s * (1 - s) / 5000) for n, s in (("dpo", 0.4), ("probe", 0.4), ("test", 0.2))
     )
     # Fixed for good: a change of the hash would let prompts that trained one run score another.
     fixed = data.roles([digit * 12 for digit in "0123456789"])
@@ -730,12 +723,8 @@ def test_duplicates_ignore_case_and_white_space(tmp_path):
 
 def test_summary_says_what_is_there(tmp_path):
     """Counts, histograms and moments equal those of plain loops, and the whole is JSON."""
-    rows = [
-        row | {"flaw": "none" if i % 3 else "vague", "part": "open"} for i, row in enumerate(some_rows(5, 3))
-    ]
-    rows += [
-        {"prompt": "Alone?", "completion": "Answer with flaw", "score": 9.5, "flaw": None, "part": "sealed"}
-    ]
+    rows = [row | {"flaw": "none" if i % 3 else "vague", "part": "open"} for i, row in enumerate(some_rows(5, 3))]
+    rows += [{"prompt": "Alone?", "completion": "Answer with flaw", "score": 9.5, "flaw": None, "part": "sealed"}]
     shown = data.summary(data.load(write_lines(tmp_path / "set.jsonl", rows)))
     scores, lengths = [r["score"] for r in rows], [len(r["completion"].split()) for r in rows]
     assert json.loads(json.dumps(shown)) == shown

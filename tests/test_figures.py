@@ -35,8 +35,7 @@ LINES = [
     for x in range(5)
 ]
 BINS = [
-    {"rating": x, "mean": 3 + 0.31 * x, "low": 2.5 + 0.31 * x, "high": 3.6 + 0.31 * x, "n": 40 + x}
-    for x in range(1, 6)
+    {"rating": x, "mean": 3 + 0.31 * x, "low": 2.5 + 0.31 * x, "high": 3.6 + 0.31 * x, "n": 40 + x} for x in range(1, 6)
 ]
 LAYER, R = Axis("layer", "layer", (0, 4)), Axis("r", "held-out r", (-0.1, 0.8))
 
@@ -100,9 +99,7 @@ def pixels(png):
 def unfiltered(kind, line, above):
     """One row of a PNG with its filter undone (none, sub, up, average, Paeth)."""
     if kind in (0, 2):
-        return (
-            line if kind == 0 else bytearray((np.array(line, np.uint8) + np.array(above, np.uint8)).tobytes())
-        )
+        return line if kind == 0 else bytearray((np.array(line, np.uint8) + np.array(above, np.uint8)).tobytes())
     if kind == 1:
         return bytearray(np.array(line, np.uint8).reshape(-1, 4).cumsum(axis=0, dtype=np.uint8).tobytes())
     for i in range(len(line)):
@@ -123,9 +120,7 @@ def saved(chart, path, facts=None):
 def colours(image):
     """How often each colour occurs: {"#RRGGBB": pixels}."""
     values, counts = np.unique(image[..., :3].reshape(-1, 3), axis=0, return_counts=True)
-    return {
-        "#{:02X}{:02X}{:02X}".format(*value): int(n) for value, n in zip(values.tolist(), counts, strict=True)
-    }
+    return {"#{:02X}{:02X}{:02X}".format(*value): int(n) for value, n in zip(values.tolist(), counts, strict=True)}
 
 
 def drawn(saved_json):
@@ -143,9 +138,7 @@ def small(monkeypatch):
 def test_picture_is_not_blank_and_json_holds_the_numbers(name, small, tmp_path):
     """Each primitive gives a white picture with something on it, and JSON with every number drawn."""
     draw, rows, fields = PRIMITIVES[name]
-    png, numbers = saved(
-        figures.style(draw(), title="A title"), tmp_path / name, {"command": "probe", "run": "x-1"}
-    )
+    png, numbers = saved(figures.style(draw(), title="A title"), tmp_path / name, {"command": "probe", "run": "x-1"})
     image = pixels(png)
     found = colours(image)
     assert image.shape[1] >= 150
@@ -164,9 +157,7 @@ def test_a_blank_picture_would_be_seen(small, tmp_path):
     """The check of blankness itself: a chart of nothing has one colour."""
     import altair as alt
 
-    png, _ = saved(
-        figures.style(alt.Chart(figures.table([{"x": 1}])).mark_point(opacity=0), title=""), tmp_path / "a"
-    )
+    png, _ = saved(figures.style(alt.Chart(figures.table([{"x": 1}])).mark_point(opacity=0), title=""), tmp_path / "a")
     assert set(colours(pixels(png))) == {"#FFFFFF"}
 
 
@@ -208,9 +199,7 @@ def test_diverging_heatmap_is_centred_on_zero(small, tmp_path):
 
 def test_marked_cell_is_outlined_and_named(small, tmp_path):
     """Marking a cell adds its black and white outline and its label, and nothing without it."""
-    png, numbers = saved(
-        figures.style(heatmap(marked=(2, "mean"), marked_label="chosen"), title=""), tmp_path / "a"
-    )
+    png, numbers = saved(figures.style(heatmap(marked=(2, "mean"), marked_label="chosen"), title=""), tmp_path / "a")
     assert {"layer": 2, "position": "mean", "label": "chosen"} in drawn(numbers)
     plain, other = saved(figures.style(heatmap(), title=""), tmp_path / "b")
     assert not any("label" in row for row in drawn(other))
@@ -232,9 +221,7 @@ def test_missing_values_are_never_zero(name, absent, tmp_path, monkeypatch):
     assert len(png) > 1000
     assert {row["tag"] for row in shown} >= set(range(len(rows))) - {1, 2}
     for row in shown:
-        assert [row[v] for v in values] == [
-            None if row["tag"] in (1, 2) else rows[row["tag"]][v] for v in values
-        ]
+        assert [row[v] for v in values] == [None if row["tag"] in (1, 2) else rows[row["tag"]][v] for v in values]
 
 
 def test_a_line_is_interrupted_where_its_value_is_missing(small, tmp_path):
@@ -348,8 +335,7 @@ def test_palette_colours_differ_and_can_be_seen_on_white(count, sequential):
     found = figures.palette(count, sequential=sequential)
     assert len(set(found)) == len(found) == count
     light = [
-        sum(w * int(c[i : i + 2], 16) / 255 for w, i in zip((0.21, 0.72, 0.07), (1, 3, 5), strict=True))
-        for c in found
+        sum(w * int(c[i : i + 2], 16) / 255 for w, i in zip((0.21, 0.72, 0.07), (1, 3, 5), strict=True)) for c in found
     ]
     assert max(light) < 0.75
     if sequential or count > len(figures.CATEGORIES):
@@ -378,14 +364,10 @@ def test_saving_twice_gives_the_same_bytes_whatever_the_theme(tmp_path):
     """The picture and its JSON depend on the chart alone."""
     import altair as alt
 
-    first = [
-        path.read_bytes()
-        for path in figures.save(figures.style(lines(), title="a"), tmp_path / "a", {"run": 1})
-    ]
+    first = [path.read_bytes() for path in figures.save(figures.style(lines(), title="a"), tmp_path / "a", {"run": 1})]
     with alt.theme.enable("dark"):
         again = [
-            path.read_bytes()
-            for path in figures.save(figures.style(lines(), title="a"), tmp_path / "b", {"run": 1})
+            path.read_bytes() for path in figures.save(figures.style(lines(), title="a"), tmp_path / "b", {"run": 1})
         ]
     assert first == again
 
@@ -406,9 +388,7 @@ def test_a_failure_leaves_what_was_there(where, tmp_path, monkeypatch):
     if where == "drawing":
         chart = figures.style(scatter([{"layer": 1, "r": object()}]), title="a")
     if where == "writing":
-        monkeypatch.setattr(
-            "interp.artifacts.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-        )
+        monkeypatch.setattr("interp.artifacts.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises((TypeError, ValueError, OSError)):
         figures.save(chart, tmp_path / "grid", facts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.json", "grid.png"]

@@ -85,7 +85,9 @@ def test_headline_is_the_table_s_own_figure(planted):
     frame = planted.to_frame()
     y, fold = frame["score"].to_numpy(), frame["fold"].to_numpy()
     centre = np.array([y[fold != f].mean() for f in fold])
-    assert stats.pearson(y, frame["prediction"] - centre) == pytest.approx(planted.facts["heldout"]["pearson"], abs=1e-6)
+    assert stats.pearson(y, frame["prediction"] - centre) == pytest.approx(
+        planted.facts["heldout"]["pearson"], abs=1e-6
+    )
     assert np.allclose(centre, frame["centre"])
     for name, found in planted.facts["baselines"].items():
         if found["pearson"] is not None:
@@ -153,7 +155,9 @@ def test_a_position_that_a_row_lacks_skips_the_row(subject, settings, tmp_path):
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": "Short?", "completion": "No", "score": 2}) + "\n")
     rated = data.load(path, scale=(1, 10))
-    found = grid.compute(subject, rated, chat.Encoder(subject.tokenizer), replace(settings, positions=("9",)), workspace_dir=tmp_path)
+    found = grid.compute(
+        subject, rated, chat.Encoder(subject.tokenizer), replace(settings, positions=("9",)), workspace_dir=tmp_path
+    )
     assert found.facts["skipped"] == {"shorter than the position asked for": 1}
 
 
@@ -167,9 +171,13 @@ def test_other_sites_go_through_the_bridge(subject, settings, tmp_path):
 def test_equal_ratings_are_refused(subject, settings, tmp_path):
     """There is nothing to predict."""
     path = tmp_path / "flat.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a b c", "score": 5}) + "\n" for i in range(20)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "completion": "a b c", "score": 5}) + "\n" for i in range(20))
+    )
     with pytest.raises(InterpError, match="every rating"):
-        grid.compute(subject, data.load(path, scale=(1, 10)), chat.Encoder(subject.tokenizer), settings, workspace_dir=tmp_path)
+        grid.compute(
+            subject, data.load(path, scale=(1, 10)), chat.Encoder(subject.tokenizer), settings, workspace_dir=tmp_path
+        )
 
 
 def test_settings_change_the_key(subject, settings, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from interp import figures, stats
+from interp import figures
 from interp.analyses import grid_plot
 from interp.analyses.findings import mean_by_rating
 from interp.analyses.grid import GridResult
@@ -75,11 +75,7 @@ def drawn(chart):
 
 def texts(chart):
     """Title, subtitle and axis titles of a chart, as one string."""
-    return (
-        json.dumps(figures.specification(chart), ensure_ascii=False)
-        .replace("\u00a0", " ")
-        .replace('", "', " ")
-    )
+    return json.dumps(figures.specification(chart), ensure_ascii=False).replace("\u00a0", " ").replace('", "', " ")
 
 
 def axis_titles(spec):
@@ -188,11 +184,7 @@ def test_references_are_the_best_baseline_and_the_stack(layers):
     """Both are drawn at their r and named; without any baseline that has an r there are none."""
     result = run(layers, ["last"])
     rows = drawn(grid_plot.layers(result.facts))
-    named = {
-        row["position"]: row["r"]
-        for row in rows
-        if row.get("position") in ("surface features", "all baselines")
-    }
+    named = {row["position"]: row["r"] for row in rows if row.get("position") in ("surface features", "all baselines")}
     assert named == {"surface features": 0.27, "all baselines": 0.31}
     bare = run(layers, ["last"], best_baseline=None, baselines={"stack": measured(None, 0.5)})
     assert not {row.get("position") for row in drawn(grid_plot.layers(bare.facts))} - set(ALL) - {None}
@@ -211,9 +203,7 @@ def test_comparison_is_sorted_and_the_probe_stands_out():
     assert set(known.values()) < set(rows)
     chart = figures.specification(grid_plot.baselines(facts))
     order = chart["hconcat"][0]["layer"][2]["encoding"]["y"]["scale"]["domain"]
-    assert order == sorted(
-        rows, key=lambda n: -2 if rows[n]["pearson"] is None else rows[n]["pearson"], reverse=True
-    )
+    assert order == sorted(rows, key=lambda n: -2 if rows[n]["pearson"] is None else rows[n]["pearson"], reverse=True)
     assert order[:2] == ["all baselines + probe", "probe"]
     assert order[-1] == "constant"
     accent = {name for name, row in rows.items() if row["colour"] == figures.VERMILLION}

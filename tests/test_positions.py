@@ -168,4 +168,4 @@ def test_shapes_are_checked_while_the_tests_run(monkeypatch):
     monkeypatch.setattr(np, "float32", np.float64)
     with pytest.raises(TypeCheckError, match="return value"):
         weights([row], ("last",), 3)
-    assert positions.__loader__.__class__.__name__ == "_CheckedLoader"
+    assert positions.__loader__.__class__.__name__ == "CheckedLoader"

@@ -140,6 +140,18 @@ def test_any_folds_match_brute_force(seed, k, d, extra):
         np.testing.assert_allclose(found.inner_mse.numpy(), mse, rtol=1e-7)
 
 
+def test_chosen_takes_each_fold_s_own_lambda():
+    """For every target the rows of a fold come from the lambda with that fold's least inner error."""
+    x, y, assignment = problem("more features than rows")
+    folds = Folds.of(assignment)
+    found = cell_of(HatCell, x, assignment, torch.float64).nested(torch.from_numpy(y))
+    expected = [
+        [found.outer[found.inner_mse[a, :, t].argmin(), i, t] for t in range(3)] for i, a in enumerate(assignment)
+    ]
+    torch.testing.assert_close(found.chosen(folds), torch.tensor(expected), rtol=0, atol=0)
+    assert len(np.unique(found.inner_mse.argmin(1).numpy())) > 1
+
+
 @ENGINES
 @pytest.mark.parametrize("kind", ["more rows than features", "more features than rows"])
 def test_many_label_vectors_equal_one_at_a_time(kind, engine):

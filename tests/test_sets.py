@@ -88,7 +88,8 @@ def test_prompts_differ_and_so_do_their_completions():
 
 
 @pytest.mark.parametrize(
-    ("field", "values", "share"), [("flaw", ("none", *make.FLAWS), 0.04), ("topic", make.TOPICS, 15 / 240), ("voice", make.VOICES, 0.1)]
+    ("field", "values", "share"),
+    [("flaw", ("none", *make.FLAWS), 0.04), ("topic", make.TOPICS, 15 / 240), ("voice", make.VOICES, 0.1)],
 )
 def test_every_kind_is_there_often_enough(field, values, share):
     """Flaws on at least 4% of the rows, topics on at least 15 prompts, four voices and more."""
@@ -171,7 +172,11 @@ def test_check_of_form_finds_what_is_wrong():
     sheet = [p for p in make.draw_blueprint() if p["hand"] == 0][:2]
     text = " ".join(f"word{i}" for i in range(9))
     written = [
-        {"key": p["key"], "prompt": "q", "completions": [{"slot": s, "text": text, "flaw_quote": "absent"} for s in range(4)]}
+        {
+            "key": p["key"],
+            "prompt": "q",
+            "completions": [{"slot": s, "text": text, "flaw_quote": "absent"} for s in range(4)],
+        }
         for p in sheet
     ]
     found = "\n".join(make.check_hand(written, sheet))

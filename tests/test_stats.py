@@ -164,9 +164,7 @@ def test_within_columns_need_more_than_one_free_deviation():
     assert np.isnan(stats.within_columns(ratings, np.sqrt(groups + 0.1), groups)).all()
 
 
-@given(
-    hnp.arrays(float, (15, 2), elements=st.integers(-9, 9)), hnp.arrays(int, 15, elements=st.integers(0, 5))
-)
+@given(hnp.arrays(float, (15, 2), elements=st.integers(-9, 9)), hnp.arrays(int, 15, elements=st.integers(0, 5)))
 @settings(max_examples=50, deadline=None)
 def test_centre_within_leaves_nothing_of_the_means(x, groups):
     """Deviations plus the prompt's mean give x back, and they add up to 0 in every prompt."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from interp import crossval, data, probes, stats
+from interp import crossval, data, probes, ridge, stats
 from interp.crossval import OutOfFold
 from interp.nulls import control_ratings, max_t_p, permute_across, permute_within
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 FOLDS = 5
 #: The fold-seed spread repeats the nested selection with every k-th layer on offer (label-free, a third of the cost).
 SPREAD_STRIDE, SPREAD_SEEDS = 4, 3
+
+#: Draws of the control task.
+CONTROLS = 20
 
 #: A baseline's predictions when trained on the ratings, and when trained on their deviations from the prompt's mean.
 Trained = tuple[OutOfFold, OutOfFold]
@@ -42,10 +46,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class Nulls:
-    """Labels that hold no rating: permuted for each cell's null, a control task, and permuted for the nested null."""
+    """Labels that hold no rating: permuted for each cell's null, and permuted for the nested null."""
 
     permutations: probes.Permutations
-    control: np.ndarray
     nested: np.ndarray
 
     @classmethod
@@ -55,9 +58,8 @@ class Nulls:
         y, groups = labels.y, labels.groups
         across = permute_across(y, groups, draws, rng)
         within = permute_within(y, groups, draws, rng)
-        control = control_ratings(groups, y, rng)
-        nested = permute_across(y, groups, nested_draws, rng) if nested_draws else None
-        return cls(probes.Permutations(across, within, groups), control, np.empty((len(y), 0)) if nested is None else nested)
+        nested = permute_across(y, groups, nested_draws, rng) if nested_draws else np.empty((len(y), 0))
+        return cls(probes.Permutations(across, within, groups), nested)
 
 
 def spread_layers(layers: Sequence[int]) -> list[int]:
@@ -148,9 +150,7 @@ def _estimate(name: str, found: tuple[float | None, list[float] | None]) -> dict
     return {name: found[0], f"{name}_ci": found[1]}
 
 
-def _within_gain(
-    labels: Labels, prediction: np.ndarray, texts: dict[str, Trained]
-) -> dict[str, Any]:
+def _within_gain(labels: Labels, prediction: np.ndarray, texts: dict[str, Trained]) -> dict[str, Any]:
     """The probe's within-prompt accuracy minus that of the best baseline trained on within-prompt ratings."""
     scores, groups = labels.rated.scores, labels.groups
     accuracy = {name: stats.pair_accuracy(scores, pair[1].prediction, groups)[0] for name, pair in texts.items()}
@@ -163,16 +163,16 @@ def _within_gain(
 
 
 def null_facts(labels: Labels, grid: ProbeGrid, drawn: Nulls) -> dict[str, Any]:
-    """The p-values, and what the same selection finds on the control task's random ratings."""
+    """The p-values of the best cell (corrected over cells), within prompts, and of the whole nested selection."""
     assert grid.null is not None
 
     def heldout_r(target: np.ndarray, prediction: np.ndarray) -> float | None:
         return stats.pearson(target, prediction - crossval.centre_of(target, labels.assignment))
 
-    observed, control = heldout_r(labels.y, grid.heldout[:, 0]), heldout_r(drawn.control, grid.heldout[:, 1])
+    observed = heldout_r(labels.y, grid.heldout[:, 0])
     nested_p, draws = None, drawn.nested.shape[1]
     if draws and observed is not None:
-        found = [heldout_r(drawn.nested[:, d], grid.heldout[:, 2 + d]) for d in range(draws)]
+        found = [heldout_r(drawn.nested[:, d], grid.heldout[:, 1 + d]) for d in range(draws)]
         nested_p = (1 + sum(r is not None and r >= observed for r in found)) / (1 + draws)
     return {
         "draws": grid.null.across.shape[1],
@@ -180,8 +180,30 @@ def null_facts(labels: Labels, grid: ProbeGrid, drawn: Nulls) -> dict[str, Any]:
         "within_corrected_p": max_t_p(grid.null.observed_within, grid.null.within)[0],
         "nested_p": nested_p,
         "nested_draws": draws,
-        "control_pearson": control,
-        "selectivity": None if observed is None or control is None else observed - control,
+    }
+
+
+def selectivity(activations: Activations, grid: ProbeGrid, labels: Labels, seed: int) -> dict[str, float | None]:
+    """The control task at the cell chosen on all rows: r on random ratings per prompt against r on the ratings.
+
+    On folds of rows, not of prompts: a probe that recognises prompts can then score on the control task, and
+    selectivity is what the ratings have beyond it. `control_pearson` is the mean over draws.
+    """
+    rng = np.random.default_rng([seed, 2])
+    assignment = rng.permutation(len(labels.y)) % FOLDS
+    draws = [control_ratings(labels.groups, labels.y, rng) for _ in range(CONTROLS)]
+    folds, targets = ridge.Folds.of(assignment), torch.from_numpy(np.column_stack([labels.y, *draws])).float()
+    cell = ridge.cell(activations.cell(grid.best.layer, grid.best.position).float(), folds)
+    if cell is None:
+        return {"control_pearson": None, "rating_pearson_row_folds": None, "selectivity": None}
+    signal = cell.nested(targets).chosen(folds) - folds.training_mean(targets)
+    real, *control = stats.pearson_columns(targets.double().numpy(), signal.double().numpy()).tolist()
+    mean = float(np.nanmean(control)) if np.isfinite(control).any() else None
+    known = mean is not None and np.isfinite(real)
+    return {
+        "control_pearson": mean,
+        "rating_pearson_row_folds": _number(real),
+        "selectivity": real - mean if known else None,
     }
 
 
@@ -202,7 +224,9 @@ def finding(facts: dict[str, Any]) -> str:
     gain = f"{added['pearson']:+.2f} [{added['pearson_ci'][0]:+.2f}, {added['pearson_ci'][1]:+.2f}]"
     if added["pearson_ci"][0] > 0:
         return text + f"; it adds {gain} to the r = {base:.2f} of all text and surprise baselines together."
-    return text + f"; but text and surprise baselines together reach r = {base:.2f}, and it adds nothing certain ({gain})."
+    return (
+        text + f"; but text and surprise baselines together reach r = {base:.2f}, and it adds nothing certain ({gain})."
+    )
 
 
 def _p(value: float, draws: int) -> str:
@@ -215,5 +239,3 @@ def _lists(values: np.ndarray) -> list[list[float | None]]:
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-

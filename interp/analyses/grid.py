@@ -14,14 +14,31 @@ import numpy as np
 from interp import InterpError, baselines, chat, crossval, data, probes, stats
 from interp import positions as pos
 from interp.activations import Activations, check_layers, record
-from interp.analyses.findings import FOLDS, SPREAD_SEEDS, Labels, Nulls, Trained, finding, findings, null_facts, spread_layers
+from interp.analyses.findings import (
+    FOLDS,
+    SPREAD_SEEDS,
+    Labels,
+    Nulls,
+    Trained,
+    finding,
+    findings,
+    null_facts,
+    selectivity,
+    spread_layers,
+)
 from interp.artifacts import content_key, versions
 
 if TYPE_CHECKING:
+    import torch
+
     from interp.chat import Encoded, Encoder
     from interp.data import RatedSet
     from interp.models import Subject
     from interp.probes import Probe, ProbeGrid
+
+#: Raised whenever a figure is computed otherwise than before, so that no old result is read for a new one.
+RESULTS = 2
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -40,7 +57,10 @@ class Settings:
         """The content key of this run."""
         facts = {k: getattr(self, k) for k in self.__dataclass_fields__}
         model = {"model": subject.fingerprint, "dtype": str(subject.dtype), "device": subject.device.type}
-        return content_key(command="probe", data=rated.fingerprint, encoder=encoder.key, **model, **facts)
+        facts["max_length"] = min(self.max_length, subject.context)
+        return content_key(
+            command="probe", results=RESULTS, data=rated.fingerprint, encoder=encoder.key, **model, **facts
+        )
 
 
 #: Where progress goes: (stage, done, total).
@@ -71,11 +91,13 @@ class GridResult:
         return pd.DataFrame(self.rows)
 
 
-def encode(rated: RatedSet, encoder: Encoder, settings: Settings) -> tuple[RatedSet, list[Encoded], dict[str, int]]:
+def encode(
+    rated: RatedSet, encoder: Encoder, settings: Settings, max_length: int
+) -> tuple[RatedSet, list[Encoded], dict[str, int]]:
     """(rows that can be used, their tokens, reasons and counts of those that cannot)."""
     before = rated.rows["messages"] if "messages" in rated.rows.column_names else [None] * len(rated)
     rows = zip(rated.rows["prompt"], rated.rows["completion"], before, strict=True)
-    encoded, kept, skipped = encoder.encode_all((chat.messages_of(*r) for r in rows), settings.max_length)
+    encoded, kept, skipped = encoder.encode_all((chat.messages_of(*r) for r in rows), max_length)
     usable = [i for i, row in enumerate(encoded) if pos.has(row, settings.positions)]
     if len(usable) < len(encoded):
         skipped["shorter than the position asked for"] += len(encoded) - len(usable)
@@ -103,7 +125,7 @@ def compute(
     options: dict[str, Any] = {"workspace_dir": workspace_dir, "batch_tokens": batch_tokens}
     clock = _Clock()
     layers = check_layers(settings.layers, subject, settings.site)
-    kept, encoded, skipped = encode(rated, encoder, settings)
+    kept, encoded, skipped = encode(rated, encoder, settings, min(settings.max_length, subject.context))
     assignment = data.folds(kept.groups, FOLDS, settings.seed)
     labels = Labels(kept, kept.labels(), kept.groups, assignment)
     if np.ptp(labels.y) == 0:
@@ -111,29 +133,35 @@ def compute(
     clock.lap("encode")
     activations, embedding = _record(subject, encoded, layers, settings, options, progress)
     clock.lap("record")
-    rows = baselines.Rows(kept.rows["prompt"], kept.rows["completion"], embedding.cell(0, "mean").float(), embedding.surprise)
+    rows = baselines.Rows(
+        kept.rows["prompt"], kept.rows["completion"], embedding.cell(0, "mean").float(), embedding.surprise
+    )
     texts = _baselines(rows, labels, progress)
     clock.lap("baselines")
     drawn = Nulls.draw(labels, settings.seed, settings.draws, settings.nested_draws)
-    grid, spread, null_share = _sweep(activations, labels, drawn, layers, settings, progress)
+    grid, spread, null_share = _sweep(activations, subject.device, labels, drawn, layers, settings, progress)
     clock.lap("fit")
     clock.move(null_share, "fit", "null")
     controls = _controls(subject, encoded, labels, layers, settings, options, progress) if settings.controls else {}
     if controls:
         clock.lap("controls")
     found, columns = findings(activations, labels, grid, spread, texts, settings.seed)
+    tests = {**null_facts(labels, grid, drawn), **selectivity(activations, grid, labels, settings.seed)}
+    clock.lap("metrics")
     facts = {
         **_circumstances(subject, rated, kept, encoded, skipped, settings, layers),
         "best": grid.best.to_dict(),
         "choices": [c.to_dict() for c in grid.choices[0]],
         **found,
-        "null": null_facts(labels, grid, drawn),
+        "null": tests,
         **controls,
         "assumptions": [*subject.notes, *encoder.notes, *rated.notes],
         "seconds": clock.seconds(),
     }
     facts["finding"] = finding(facts)
-    probe = probes.refit(activations, grid.best, labels.y, kept.scale, _provenance(subject, kept, encoder, settings, facts))
+    probe = probes.refit(
+        activations, grid.best, labels.y, kept.scale, _provenance(subject, kept, encoder, settings, facts)
+    )
     return GridResult(facts, _table(labels, columns), probe)
 
 
@@ -166,7 +194,12 @@ def _circumstances(
 
 
 def _record(
-    subject: Subject, encoded: Sequence[Encoded], layers: Sequence[int], settings: Settings, options: dict[str, Any], progress: Progress
+    subject: Subject,
+    encoded: Sequence[Encoded],
+    layers: Sequence[int],
+    settings: Settings,
+    options: dict[str, Any],
+    progress: Progress,
 ) -> tuple[Activations, Activations]:
     """(activations of the grid, recording with layer 0 `mean` and the surprise): one pass for the residual stream."""
     options = {**options, "progress": lambda done, total: progress("record", done, total)}
@@ -189,25 +222,33 @@ def _baselines(rows: baselines.Rows, labels: Labels, progress: Progress) -> dict
             within = baselines.evaluate(name, rows, deviations, labels.assignment)
             assert within is not None
             found[name] = (plain, within)
+        rows.cache.clear()
     progress("baselines", len(baselines.BASELINES), len(baselines.BASELINES))
     return found
 
 
 def _sweep(
-    activations: Activations, labels: Labels, drawn: Nulls, layers: Sequence[int], settings: Settings, progress: Progress
+    activations: Activations,
+    device: torch.device,
+    labels: Labels,
+    drawn: Nulls,
+    layers: Sequence[int],
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[ProbeGrid, list[np.ndarray], float]:
-    """The sweep with its nulls; target 1 is the control task, further targets the nested null's labels."""
+    """The sweep with its nulls; the targets after the first are the nested null's labels."""
     cells = itertools.count(1)
     total = len(layers) * len(settings.positions)
     return probes.sweep(
         activations,
-        np.column_stack([labels.y, drawn.control, drawn.nested]),
+        np.column_stack([labels.y, drawn.nested]),
         labels.assignment,
         layers=layers,
         positions=settings.positions,
         permutations=drawn.permutations,
         spread=[data.folds(labels.groups, FOLDS, settings.seed + s) for s in range(1, SPREAD_SEEDS)],
         spread_layers=spread_layers(layers),
+        device=device,
         progress=lambda *_: progress("fit", next(cells), total),
     )
 
@@ -226,7 +267,10 @@ def _controls(
     chosen = spread_layers(layers)
     options = {**options, "progress": lambda done, total: progress("controls", done, total)}
     recording = record(random, encoded, layers=chosen, positions=settings.positions, site=settings.site, **options)
-    grid, _, _ = probes.sweep(recording, labels.y[:, None], labels.assignment, layers=chosen, positions=settings.positions)
+    names = settings.positions
+    grid, _, _ = probes.sweep(
+        recording, labels.y[:, None], labels.assignment, layers=chosen, positions=names, device=subject.device
+    )
     centre = crossval.centre_of(labels.y, labels.assignment)
     found = labels.metrics(grid.heldout[:, 0], centre)
     return {"controls": {"random_weights": {**found, "layers": chosen, "best": grid.best.to_dict()}}}
@@ -274,4 +318,5 @@ class _Clock:
         self.laps[source] -= self.laps[target]
 
     def seconds(self) -> dict[str, float]:
-        return {**{k: round(v, 2) for k, v in self.laps.items()}, "total": round(sum(self.laps.values()), 2)}
+        total = time.perf_counter() - self.began
+        return {**{k: round(v, 2) for k, v in self.laps.items()}, "total": round(total, 2)}

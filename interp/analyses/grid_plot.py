@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from interp import data, figures
+from interp import figures
 from interp.figures import Axis, Number
 
 if TYPE_CHECKING:
@@ -117,9 +117,7 @@ def _one_layer(facts: dict[str, Any]) -> alt.TopLevelMixin:
     for name in _reference_names(facts):
         values = facts["baselines"][name]
         bounds = _bounds(values["pearson_ci"])
-        rows.append(
-            {"position": NAMES.get(name, name), "r": values["pearson"], **bounds, "colour": figures.MUTED}
-        )
+        rows.append({"position": NAMES.get(name, name), "r": values["pearson"], **bounds, "colour": figures.MUTED})
     drawn = [row[key] for row in rows for key in ("r", *BOUNDS)]
     chart = figures.intervals(
         rows,
@@ -283,9 +281,7 @@ def _reference_names(facts: dict[str, Any]) -> list[str]:
 def _references(facts: dict[str, Any]) -> list[figures.Reference]:
     dashes = {"stack": (1.5, 2.5)}
     return [
-        figures.Reference(
-            facts["baselines"][name]["pearson"], NAMES.get(name, name), dashes.get(name, (6, 3))
-        )
+        figures.Reference(facts["baselines"][name]["pearson"], NAMES.get(name, name), dashes.get(name, (6, 3)))
         for name in _reference_names(facts)
     ]
 
@@ -296,9 +292,7 @@ def _step(scores: np.ndarray) -> float:
     return float(apart.min()) if len(apart) and len(apart) <= 20 else 0.0
 
 
-def _rating_domains(
-    facts: dict[str, Any], drawn: Sequence[Number | None]
-) -> tuple[figures.Domain, figures.Domain]:
+def _rating_domains(facts: dict[str, Any], drawn: Sequence[Number | None]) -> tuple[figures.Domain, figures.Domain]:
     """The scale with a margin for x; for y the scale, and whatever is predicted beyond it."""
     low, high = facts["scale"]
     return (low - 0.5, high + 0.5), figures.nice_domain(drawn, step=1, include=(low, high))

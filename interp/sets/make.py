@@ -127,7 +127,9 @@ def check_hand(written: list[dict], sheet: list[dict]) -> list[str]:
         if len(texts) != SLOTS:
             problems.append(f"{plan['key']}: {len(texts)} completions, expected {SLOTS}")
             continue
-        for slot, text, entry_slot in zip(plan["slots"], texts, sorted(entry["completions"], key=lambda c: c["slot"]), strict=True):
+        for slot, text, entry_slot in zip(
+            plan["slots"], texts, sorted(entry["completions"], key=lambda c: c["slot"]), strict=True
+        ):
             name = f"{plan['key']}/{slot['slot']}"
             count = len(text.split())
             low, high = slot["band"]
@@ -240,8 +242,7 @@ def main(command: str, *arguments: str) -> None:
     elif command == "assemble":
         rows = rows_of(*_plan_and_writing(folder))
         grades = [
-            {g["row"]: g for path in sorted(folder.glob(f"grades{r}-*.jsonl")) for g in _read(path)}
-            for r in range(2)
+            {g["row"]: g for path in sorted(folder.glob(f"grades{r}-*.jsonl")) for g in _read(path)} for r in range(2)
         ]
         _write(Path(arguments[1]), join_ratings(rows, grades))
     else:
