@@ -143,7 +143,8 @@ class Subject:
             torch.manual_seed(seed)
             # In its own dtype from the start: twice the memory in float32 may not be there.
             model = type(self.model)._from_config(copy.deepcopy(self.model.config), dtype=self.dtype)
-        model = model.to(device=self.device).eval().requires_grad_(False)
+        model.to(device=self.device)  # type: ignore[call-arg] - a decorator hides its signature
+        model = model.eval().requires_grad_(False)
         key = content_key(random=seed, config=_architecture(self.model))
         return replace(self, name=f"{self.name} (random weights)", model=model, fingerprint=f"random:{key}")
 
