@@ -13,6 +13,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,13 +29,18 @@ from interp.capture import private_copy, run_shared
 def bare(subject, rows, plan, workers: int) -> float:
     """Seconds of the forward passes alone."""
 
-    def work(shard) -> None:
+    local = threading.local()
+
+    def start() -> None:
         torch.set_num_threads(1)
+        local.subject = private_copy(subject)
+
+    def work(shard) -> None:
         with torch.inference_mode():
-            run_shared(private_copy(subject), [rows[i] for i in shard["rows"]], shard["batches"])
+            run_shared(local.subject, [rows[i] for i in shard["rows"]], shard["batches"])
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=start) as pool:
         list(pool.map(work, plan))
     return time.perf_counter() - began
 

@@ -1,6 +1,6 @@
 """Nested grid search over cells: one decomposition a cell against scikit-learn doing the same search.
 
-    python benchmarks/nested_search.py [--cells 3]
+    python benchmarks/nested_search.py [--cells 4] [--threads 2]
 
 Both search lambda and cell inside 5 outer x 4 inner prompt-grouped folds on the same scaled features of the shipped
 set (run `make probe` first: it reads the recorded activations). Prints the ratio and how far predictions differ.
@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from threadpoolctl import threadpool_limits
 
 from interp import chat, data, models, ridge
 from interp.activations import record
@@ -46,7 +47,9 @@ def pooled_error(model, x, y) -> float:
 
 def ours(cells: list[torch.Tensor], y: np.ndarray, assignment: np.ndarray) -> np.ndarray:
     folds, target = ridge.Folds.of(assignment), torch.from_numpy(y).float()[:, None]
-    results = [ridge.HatCell.of(x, folds).nested(target) for x in cells]
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
+        results = list(pool.map(lambda x: ridge.HatCell.of(x, folds).nested(target), cells))
     out = np.empty(len(y))
     for a in range(5):
         scores = torch.stack([r.inner_mse[a, :, 0] for r in results])
@@ -58,9 +61,11 @@ def ours(cells: list[torch.Tensor], y: np.ndarray, assignment: np.ndarray) -> np
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cells", type=int, default=3)
+    parser.add_argument("--cells", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
+    threadpool_limits(options.threads)
     subject, rated = models.load(), data.load()
     texts = zip(rated.rows["prompt"], rated.rows["completion"], strict=True)
     rows, _, _ = chat.Encoder(subject.tokenizer).encode_all([chat.messages_of(*t) for t in texts])
@@ -74,7 +79,7 @@ def main() -> None:
     middle = time.perf_counter()
     theirs = peers([c.double().numpy() for c in cells], y, assignment)
     done = time.perf_counter()
-    print(f"{len(cells)} cells of {tuple(cells[0].shape)}, 5 x 4 folds, {len(ridge.LAMBDAS)} lambdas, one thread")
+    print(f"{len(cells)} cells of {tuple(cells[0].shape)}, 5 x 4 folds, {len(ridge.LAMBDAS)} lambdas, {options.threads} threads")
     print(
         f"ours {middle - began:.2f} s, scikit-learn {done - middle:.2f} s, ratio {(done - middle) / (middle - began):.1f} x"
     )

@@ -31,6 +31,7 @@ from interp.capture import (
     Surprise,
     TokenSink,
     hook_name,
+    keeps_keys,
     private_copy,
     prompt_groups,
     residual_hooks,
@@ -185,7 +186,7 @@ def split(shard: Shard, rows: Sequence[Encoded]) -> list[Shard]:
         raise InterpError(f"row {members[0]} does not fit in memory: lower --max-length or take another device")
     budget = max(1, shard["batch_tokens"] // 2)
     return [
-        _shard(f"{shard['name']}{mark}", part, rows, budget, shard["whole"])
+        _shard(f"{shard['name']}{mark}", part, rows, budget, shard.get("whole", False))
         for mark, part in (("a", members[:half]), ("b", members[half:]))
     ]
 
@@ -393,7 +394,7 @@ def _load_plan(job: Recording, batch_tokens: int) -> list[Shard]:
             f"the recording needs {needed / 1e9:.1f} GB and {job.folder.parent} has {free / 1e9:.1f} GB free;"
             " ask for fewer rows, layers or positions, or another --workspace"
         )
-    plan = make_plan(job.rows, batch_tokens, max(1, SHARD_BYTES // per_row), whole=job.site != "resid")
+    plan = make_plan(job.rows, batch_tokens, max(1, SHARD_BYTES // per_row), whole=job.site != "resid" or not keeps_keys(subject))
     save_json(path, plan)
     return plan
 

@@ -173,18 +173,21 @@ def correlate(a: Float[Tensor, "row column"], b: Float[Tensor, "row column"]) ->
 
 
 class _Within:
-    """Deviations from the prompt's mean, for many columns at once."""
+    """Deviations from the prompt's mean, for many columns at once; 0 where they are rounding beside `size`.
 
-    def __init__(self, groups: np.ndarray, device: torch.device) -> None:
+    Before the completion starts a prompt's rows are equal but for rounding, and rounding has a correlation too.
+    `size` is that of the labels: predictions less their training mean are small, their rounding is not.
+    """
+
+    def __init__(self, groups: np.ndarray, size: float, device: torch.device) -> None:
         self.codes = torch.from_numpy(groups).to(device)
         self.counts = torch.bincount(self.codes)[:, None].float()
+        self.rounding = FLOAT32 * size
 
     def __call__(self, values: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
         sums = values.new_zeros(len(self.counts), values.shape[1]).index_add_(0, self.codes, values)
         deviations = values - (sums / self.counts)[self.codes]
-        # Before the completion starts a prompt's rows are equal but for rounding, and rounding has a correlation too.
-        rounding = FLOAT32 * values.abs().amax(0)
-        return torch.where(deviations.abs() > rounding, deviations, 0)
+        return torch.where(deviations.abs() > self.rounding, deviations, 0)
 
 
 @dataclass(frozen=True)
@@ -253,15 +256,13 @@ class _Sweep:
 
     def _prepare_null(self, permutations: Permutations, cells: int) -> None:
         """Permuted labels in blocks of columns (the real labels first), so that a block's work fits the device."""
-        self.deviation = _Within(permutations.groups, self.device)
+        self.deviation = _Within(permutations.groups, float(self.y[:, 0].abs().max()), self.device)
         width = max(1, NULL_BLOCK // self.folds.n)
         self.blocks = [
             (across, torch.from_numpy(part).float())
             for across, labels in ((True, permutations.across), (False, permutations.within))
             for part in np.array_split(labels, range(width, labels.shape[1], width), axis=1)
         ]
-        # Below this a difference between predictions for one prompt is float32's rounding.
-        self.resolution = FLOAT32 * float(self.y[:, 0].abs().max())
         self.null_r = np.full((cells, 1 + permutations.across.shape[1]), np.nan)
         self.null_within_r = np.full((cells, 1 + permutations.within.shape[1]), np.nan)
 
@@ -326,7 +327,6 @@ class _Sweep:
             prediction = cell.outer(y, penalty) - self.folds.training_mean(y)
             if not across:
                 prediction, y = self.deviation(prediction), self.deviation(y)
-                prediction[prediction.abs() <= self.resolution] = 0
             found[across].append(correlate(prediction, y).cpu().numpy())
         self.null_r[number] = np.concatenate(found[True])
         self.null_within_r[number] = np.concatenate(found[False])

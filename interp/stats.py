@@ -239,7 +239,7 @@ def prompt_sums(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return np.add.reduceat(x[order], starts, axis=0)
 
 
-def _size(x: np.ndarray) -> np.ndarray:
+def _size(x: np.ndarray) -> np.ndarray | float:
     return np.abs(x).max(axis=0, initial=0.0)
 
 

@@ -273,6 +273,9 @@ def test_scaler_leaves_constant_features_at_zero():
     assert not scaled[:, [0, 2, 3]].any()
     assert scaled[:, 1].mean().abs() < 1e-4
     assert scaled[:, 1].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    flicker = x.float()[:, :1].repeat(1, 2)
+    flicker[::2, 0] = torch.nextafter(flicker[::2, 0], torch.tensor(torch.inf))  # equal but for the last bit
+    assert not Scaler.of(flicker)(flicker).any()
     weights, bias = ridge.fit(x.float(), x[:, 1:2], 1.0)
     assert weights[[0, 2, 3], 0].tolist() == [0, 0, 0]
     assert torch.isfinite(bias).all()
