@@ -79,7 +79,9 @@ def main() -> None:
     middle = time.perf_counter()
     theirs = peers([c.double().numpy() for c in cells], y, assignment)
     done = time.perf_counter()
-    print(f"{len(cells)} cells of {tuple(cells[0].shape)}, 5 x 4 folds, {len(ridge.LAMBDAS)} lambdas, {options.threads} threads")
+    print(
+        f"{len(cells)} cells of {tuple(cells[0].shape)}, 5 x 4 folds, {len(ridge.LAMBDAS)} lambdas, {options.threads} threads"
+    )
     print(
         f"ours {middle - began:.2f} s, scikit-learn {done - middle:.2f} s, ratio {(done - middle) / (middle - began):.1f} x"
     )

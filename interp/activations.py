@@ -394,7 +394,9 @@ def _load_plan(job: Recording, batch_tokens: int) -> list[Shard]:
             f"the recording needs {needed / 1e9:.1f} GB and {job.folder.parent} has {free / 1e9:.1f} GB free;"
             " ask for fewer rows, layers or positions, or another --workspace"
         )
-    plan = make_plan(job.rows, batch_tokens, max(1, SHARD_BYTES // per_row), whole=job.site != "resid" or not keeps_keys(subject))
+    plan = make_plan(
+        job.rows, batch_tokens, max(1, SHARD_BYTES // per_row), whole=job.site != "resid" or not keeps_keys(subject)
+    )
     save_json(path, plan)
     return plan
 

@@ -50,9 +50,7 @@ def show_probe(out: Console, facts: dict[str, Any]) -> None:
         p.append(f"nested p {number(null['nested_p'], 3)} ({null['nested_draws']} draws)")
     out.say(f"added to the stack of baselines: r {estimate(facts['added_value'], 'pearson', 3)}")
     out.say(f"within prompts, over {gain['baseline']} trained for it: accuracy {estimate(gain, 'accuracy', 3)}")
-    out.say(
-        f"nulls: {', '.join(p)}; three fold seeds{offered} r {spread}"
-    )
+    out.say(f"nulls: {', '.join(p)}; three fold seeds{offered} r {spread}")
     out.say(
         f"control task (random rating per prompt, folds of rows): r {number(null['control_pearson'])}, "
         f"the ratings there {number(null['rating_pearson_row_folds'])}"

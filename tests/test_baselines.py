@@ -77,25 +77,32 @@ def labels(name, rows, seed=3):
     return 0.2 + 0.3 * (signal - signal.mean()) / signal.std() + 0.15 * noise
 
 
+def evaluate(name, rows, y, assignment):
+    found = baselines.evaluate(name, rows, y, assignment)
+    assert found is not None
+    return found
+
+
 def r_of(y, found):
-    return stats.pearson(y, found.prediction - found.centre)
+    """Held-out r; NaN for predictions that are the training means."""
+    return float(stats.pearson_columns(y, found.prediction - found.centre)[0])
 
 
 @every
 def test_each_baseline_meets_its_contract(name, rows):
     """Finite predictions, inner ones outside the own fold, training means as centre; the cache changes nothing."""
     y = labels(name, rows)
-    found = baselines.evaluate(name, rows, y, ASSIGNMENT)
+    found = evaluate(name, rows, y, ASSIGNMENT)
     assert found.prediction.shape == found.centre.shape == y.shape
     assert np.isfinite(found.prediction).all()
     np.testing.assert_allclose(found.centre, crossval.centre_of(y, ASSIGNMENT))
     np.testing.assert_array_equal(np.isnan(found.inner), np.arange(5)[:, None] == ASSIGNMENT)
-    again = baselines.evaluate(name, rows, y, ASSIGNMENT)
+    again = evaluate(name, rows, y, ASSIGNMENT)
     np.testing.assert_array_equal(again.prediction, found.prediction)
     other = (ASSIGNMENT + GROUPS) % 5
     fresh = Rows(rows.prompts, rows.completions, rows.embedding, rows.surprise)
-    expected = baselines.evaluate(name, fresh, -y, other).prediction
-    np.testing.assert_array_equal(baselines.evaluate(name, rows, -y, other).prediction, expected)
+    expected = evaluate(name, fresh, -y, other).prediction
+    np.testing.assert_array_equal(evaluate(name, rows, -y, other).prediction, expected)
 
 
 def test_every_baseline_but_the_constant_has_a_planted_signal():
@@ -108,12 +115,12 @@ def test_every_baseline_but_the_constant_has_a_planted_signal():
 def test_each_baseline_finds_its_planted_signal_and_none_in_shuffled_labels(name, rows):
     """A high r on what it is there to see; about 0 over 8 shuffles of the same labels across prompts."""
     y = labels(name, rows)
-    planted = r_of(y, baselines.evaluate(name, rows, y, ASSIGNMENT))
+    planted = r_of(y, evaluate(name, rows, y, ASSIGNMENT))
     assert planted > 0.5
     rng = np.random.default_rng(4)
     blocks = y.reshape(PROMPTS, EACH)
     shuffled = [rng.permuted(blocks[rng.permutation(PROMPTS)], axis=1).ravel() for _ in range(8)]
-    found = [r_of(z, baselines.evaluate(name, rows, z, ASSIGNMENT)) for z in shuffled]
+    found = [r_of(z, evaluate(name, rows, z, ASSIGNMENT)) for z in shuffled]
     assert abs(np.mean(found)) < 0.15
     assert max(found) < planted - 0.1
 
@@ -121,9 +128,9 @@ def test_each_baseline_finds_its_planted_signal_and_none_in_shuffled_labels(name
 def test_the_constant_knows_nothing(rows):
     """Training means, no correlation, whatever the labels."""
     y = labels("log_length", rows)
-    found = baselines.evaluate("constant", rows, y, ASSIGNMENT)
+    found = evaluate("constant", rows, y, ASSIGNMENT)
     np.testing.assert_array_equal(found.prediction, found.centre)
-    assert r_of(y, found) is None
+    assert np.isnan(r_of(y, found))
 
 
 @every
@@ -131,18 +138,19 @@ def test_no_baseline_learns_from_held_out_labels(name, rows):
     """New labels in fold 3 leave its predictions and inner predictions as they were, and change the others'."""
     y = labels(name, rows)
     held = ASSIGNMENT == 3
-    before = baselines.evaluate(name, rows, y, ASSIGNMENT)
-    after = baselines.evaluate(name, rows, np.where(held, y[::-1] + 0.3, y), ASSIGNMENT)
+    before = evaluate(name, rows, y, ASSIGNMENT)
+    after = evaluate(name, rows, np.where(held, y[::-1] + 0.3, y), ASSIGNMENT)
     np.testing.assert_allclose(after.prediction[held], before.prediction[held], atol=ROUNDING)
     np.testing.assert_allclose(after.inner[3][~held], before.inner[3][~held], atol=ROUNDING)
     assert np.abs(after.prediction - before.prediction)[~held].max() > 0.01
 
 
 def changed_texts(rows, where, change):
-    new = [
+    """The rows with `change` made to the prompts and completions that `where` marks."""
+    prompts, completions = (
         [change(t) if w else t for t, w in zip(part, where, strict=True)] for part in (rows.prompts, rows.completions)
-    ]
-    return Rows(*new, rows.embedding, rows.surprise)
+    )
+    return Rows(prompts, completions, rows.embedding, rows.surprise)
 
 
 @learned
@@ -150,9 +158,9 @@ def test_words_of_held_out_texts_are_not_learned(name, rows):
     """New words in the texts of fold 3 do not exist for its predictions; the folds trained on them learn them."""
     y = labels(name, rows)
     held = ASSIGNMENT == 3
-    before = baselines.evaluate(name, rows, y, ASSIGNMENT)
+    before = evaluate(name, rows, y, ASSIGNMENT)
     longer = changed_texts(rows, held, lambda t: t + " ζηθ ικλ ζηθ")
-    after = baselines.evaluate(name, longer, y, ASSIGNMENT)
+    after = evaluate(name, longer, y, ASSIGNMENT)
     np.testing.assert_allclose(after.prediction[held], before.prediction[held], atol=ROUNDING)
     np.testing.assert_allclose(after.inner[3][~held], before.inner[3][~held], atol=ROUNDING)
     assert np.abs(after.prediction - before.prediction)[~held].max() > 1e-3
@@ -167,9 +175,9 @@ def test_a_held_out_text_changes_its_own_prediction_only(name, rows, kernel_rows
     y = labels(name, rows)
     held = ASSIGNMENT == 3
     row = np.arange(len(y)) == np.flatnonzero(held)[5]
-    before = baselines.evaluate(name, rows, y, ASSIGNMENT)
+    before = evaluate(name, rows, y, ASSIGNMENT)
     for text in ("bakel bakel kindly domor", "ζηθ"):
-        after = baselines.evaluate(name, changed_texts(rows, row, lambda _t, text=text: text), y, ASSIGNMENT)
+        after = evaluate(name, changed_texts(rows, row, lambda _t, text=text: text), y, ASSIGNMENT)
         rest = held & ~row
         np.testing.assert_allclose(after.prediction[rest], before.prediction[rest], atol=ROUNDING)
         np.testing.assert_allclose(after.inner[3][~held], before.inner[3][~held], atol=ROUNDING)
@@ -203,7 +211,7 @@ def by_sklearn(name, rows, y, reduce=None):
 def test_tfidf_matches_sklearn(name, rows):
     """Kernel ridge on TF-IDF equals vectorizer + Ridge with an intercept, to 1e-4 of the labels' sd."""
     y = labels(name, rows)
-    found = baselines.evaluate(name, rows, y, ASSIGNMENT)
+    found = evaluate(name, rows, y, ASSIGNMENT)
     np.testing.assert_allclose(found.prediction, by_sklearn(name, rows, y), atol=1e-4 * y.std())
 
 
@@ -212,7 +220,7 @@ def test_many_rows_are_reduced_as_sklearn_does(rows, monkeypatch):
     monkeypatch.setattr(baselines, "KERNEL_ROWS", 10)
     monkeypatch.setattr(baselines, "SVD_DIMENSIONS", 25)
     y = labels("tfidf_words", rows)
-    found = baselines.evaluate("tfidf_words", rows, y, ASSIGNMENT)
+    found = evaluate("tfidf_words", rows, y, ASSIGNMENT)
     expected = by_sklearn("tfidf_words", rows, y, TruncatedSVD(25, random_state=0))
     np.testing.assert_allclose(found.prediction, expected, atol=1e-3 * y.std())
 
@@ -222,10 +230,10 @@ def test_the_reduction_of_few_words_loses_nothing(rows, monkeypatch):
     few = Rows(rows.prompts, [" ".join(c.split()[:3]) for c in rows.completions])
     y = labels("tfidf_words", rows)
     monkeypatch.setitem(baselines.WORDS, "ngram_range", (1, 1))
-    kernel = baselines.evaluate("tfidf_words", few, y, ASSIGNMENT)
+    kernel = evaluate("tfidf_words", few, y, ASSIGNMENT)
     few.cache.clear()
     monkeypatch.setattr(baselines, "KERNEL_ROWS", 10)
-    reduced = baselines.evaluate("tfidf_words", few, y, ASSIGNMENT)
+    reduced = evaluate("tfidf_words", few, y, ASSIGNMENT)
     np.testing.assert_allclose(reduced.prediction, kernel.prediction, atol=1e-4 * y.std())
 
 
@@ -246,7 +254,7 @@ def test_odd_and_empty_texts_are_finite(name):
     n = len(ODD) * 2
     rng = np.random.default_rng(5)
     rows = Rows(ODD * 2, list(reversed(ODD)) * 2, rng.normal(size=(n, 3)), rng.normal(size=(n, 3)))
-    found = baselines.evaluate(name, rows, rng.normal(size=n), rng.permutation(n) % 5)
+    found = evaluate(name, rows, rng.normal(size=n), rng.permutation(n) % 5)
     assert np.isfinite(found.prediction).all()
 
 
@@ -257,19 +265,19 @@ def test_texts_that_are_all_the_same_predict_nothing(text):
     rng = np.random.default_rng(6)
     rows, y = Rows([text] * n, [text] * n), rng.normal(size=n)
     for name in set(BASELINES) - {"embedding", "surprise"}:
-        found = baselines.evaluate(name, rows, y, np.arange(n) % 5)
+        found = evaluate(name, rows, y, np.arange(n) % 5)
         np.testing.assert_array_equal(found.prediction, found.centre, err_msg=name)
 
 
 def test_a_prompt_baseline_orders_nothing_within_a_prompt(rows):
     """Its predictions tie for the completions of a prompt: accuracy exactly one half, no r within prompts."""
     y = 10 * labels("tfidf_prompt", rows)
-    found = baselines.evaluate("tfidf_prompt", rows, y, ASSIGNMENT)
+    found = evaluate("tfidf_prompt", rows, y, ASSIGNMENT)
     figures = stats.metrics(y, found.prediction, GROUPS, found.centre, draws=20)
     assert figures["within_prompt_accuracy"] == 0.5
-    assert figures["pairs"] > 50
+    assert figures["pairs"]
     assert figures["within"] is None
-    assert figures["between"] > 0.3
+    assert r_of(y, found) > 0.3
 
 
 @given(st.text(max_size=300))

@@ -149,7 +149,7 @@ def test_control_ratings_are_one_random_mean_per_prompt():
     assert np.abs(stats.centre_within(control, groups)).max() < 1e-12
     assert np.abs(control[:, None] - means[None, :]).min(axis=1).max() < 1e-12
     first = np.unique(groups, return_index=True)[1]
-    assert abs(stats.pearson(control[first], means[first])) < 0.2
+    assert np.abs(np.corrcoef(control[first], means[first])[0, 1]) < 0.2
     assert control[first].std() == pytest.approx(means.std(), rel=0.15)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,8 @@ def sweep(cells, targets, assignment, layers=LAYERS, positions=POSITIONS, delay=
 def searched(x, y, assignment):
     """The out-of-fold squared error of each lambda on all of x, by scikit-learn (one lambda per column)."""
     columns = np.repeat(y[:, None], len(LAMBDAS), axis=1)
-    prediction = cross_val_predict(Ridge(alpha=np.array(LAMBDAS)), x, columns, cv=PredefinedSplit(assignment))
+    ridge: Any = Ridge(alpha=np.array(LAMBDAS))  # pyright: ignore[reportArgumentType] - one per column is allowed
+    prediction = cross_val_predict(ridge, x, columns, cv=PredefinedSplit(assignment))
     return ((prediction - columns) ** 2).mean(axis=0)
 
 
@@ -99,16 +101,16 @@ def brute_search(cells, y, assignment):
             errors |= {(key, penalty): error for penalty, error in zip(LAMBDAS, found, strict=True)}
             model = Ridge(alpha=LAMBDAS[int(np.argmin(found))]).fit(x[train], y[train])
             own[key][~train] = model.predict(x[~train])
-        (key, penalty) = min(errors, key=errors.__getitem__)
+        key, penalty = min(errors, key=errors.__getitem__)
         headline[~train] = Ridge(alpha=penalty).fit(scaled[key][train], y[train]).predict(scaled[key][~train])
-        choices.append(Choice(a, *key, penalty))
+        choices.append(Choice(a, key[0], key[1], penalty))
     everywhere = {
         (key, penalty): error
         for key, x in scaled.items()
         for penalty, error in zip(LAMBDAS, searched(x, y, assignment), strict=True)
     }
-    (key, penalty) = min(everywhere, key=everywhere.__getitem__)
-    return headline, own, choices, Choice(None, *key, penalty)
+    key, penalty = min(everywhere, key=everywhere.__getitem__)
+    return headline, own, choices, Choice(None, key[0], key[1], penalty)
 
 
 def test_sweep_matches_a_brute_force_search_with_sklearn(small):
@@ -323,7 +325,9 @@ def p_values(effect, data_sets, seed):
         y = 0.3 * prompts(24, 3, rng)
         cells[1, "mean"][:, 0] += effect * y
         draws = [permute(y, groups, 79, rng) for permute in (nulls.permute_across, nulls.permute_within)]
-        grid, _, _ = sweep(cells, y[:, None], assignment, layers=(0, 1), permutations=Permutations(*draws, groups))
+        grid, _, _ = sweep(
+            cells, y[:, None], assignment, layers=(0, 1), permutations=Permutations(draws[0], draws[1], groups)
+        )
         null = grid.null
         assert null is not None
         pairs = ((null.observed, null.across), (null.observed_within, null.within))
@@ -370,7 +374,7 @@ def test_a_cell_without_variation_is_no_cell(small):
     flat = {key: np.full((75, 20), 0.1, np.float32) for key in small[0]}
     flat[4, "mean"] = rng.normal(size=(75, 20)).astype(np.float32)
     draws = [permute(y, groups, 20, rng) for permute in (nulls.permute_across, nulls.permute_within)]
-    grid, _, _ = sweep(flat, y[:, None], assignment, permutations=Permutations(*draws, groups))
+    grid, _, _ = sweep(flat, y[:, None], assignment, permutations=Permutations(draws[0], draws[1], groups))
     only = np.zeros((3, 2), bool)
     only[1, 1] = True
     np.testing.assert_array_equal(np.isfinite(grid.pearson), only)
@@ -390,7 +394,11 @@ def test_activations_of_the_prompt_have_no_r_within_prompts():
     y = 0.5 + 0.3 * prompts(30, 4, rng)
     cells = {(0, "prompt_end"): rng.normal(size=(30, 200))[groups], (0, "last"): rng.normal(size=(120, 200))}
     draws = [permute(y, groups, 30, rng) for permute in (nulls.permute_across, nulls.permute_within)]
-    options = {"layers": (0,), "positions": ("prompt_end", "last"), "permutations": Permutations(*draws, groups)}
+    options = {
+        "layers": (0,),
+        "positions": ("prompt_end", "last"),
+        "permutations": Permutations(draws[0], draws[1], groups),
+    }
     grid, _, _ = sweep(cells, y[:, None], assignment, **options)
     assert grid.null is not None
     assert np.isnan(grid.null.within[0]).all()
@@ -467,7 +475,7 @@ def test_a_planted_direction_is_recovered_and_a_shuffled_one_is_not():
     found = {}
     for name, ratings in (("planted", y), ("shuffled", shuffled)):
         draws = [permute(ratings, groups, 99, rng) for permute in (nulls.permute_across, nulls.permute_within)]
-        options = {"layers": (3, 4, 5), "permutations": Permutations(*draws, groups)}
+        options = {"layers": (3, 4, 5), "permutations": Permutations(draws[0], draws[1], groups)}
         grid, _, _ = sweep(cells, ratings[:, None], assignment, **options)
         assert grid.null is not None
         p = nulls.max_t_p(grid.null.observed, grid.null.across)[0]

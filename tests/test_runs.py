@@ -31,7 +31,9 @@ def probe_of(subject, seed=0, **provenance) -> Probe:
 
 def saved(subject, folder, name, seed, age):
     """A run's folder with a probe, `age` seconds old."""
-    result = GridResult({"x": 1.5, "none": None}, {"prompt_id": ["a", "b"], "score": [1.0, 2.5]}, probe_of(subject, seed))
+    result = GridResult(
+        {"x": 1.5, "none": None}, {"prompt_id": ["a", "b"], "score": [1.0, 2.5]}, probe_of(subject, seed)
+    )
     path = folder / "runs" / name
     runs.save_grid(result, path)
     stamp = os.path.getmtime(path / "probe.safetensors") - age
@@ -65,7 +67,7 @@ def test_missing_and_foreign_probes_are_refused(subject, tmp_path):
     """One line each: no probe there, none fits, a file that is no probe."""
     with pytest.raises(InterpError, match="no probe at"):
         runs.find_probe(subject, str(tmp_path / "nothing"))
-    with pytest.raises(InterpError, match="python cli.py probe --model tiny"):
+    with pytest.raises(InterpError, match="run `python cli"):
         runs.find_probe(subject, None, tmp_path)
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not a tensor file")
@@ -95,7 +97,9 @@ def test_scoring_equals_the_probe_by_hand(subject):
     rows = [{"prompt": "Hi", "completion": "rain falls and cools the capital"}, {"prompt": "Hi", "completion": "a"}]
     found = scoring.compute(subject, encoder, probe, rows).facts["texts"]
     encoded = encoder.encode(chat.messages_of("Hi", rows[0]["completion"]))
-    hidden = subject.model(torch.tensor([encoded.ids]), output_hidden_states=True).hidden_states[1][0, encoded.start + 3]
+    hidden = subject.model(torch.tensor([encoded.ids]), output_hidden_states=True).hidden_states[1][
+        0, encoded.start + 3
+    ]
     by_hand = (float(hidden @ probe.direction) + 0.1 + 1) / 2 * 9 + 1
     assert found[0]["rating"] == pytest.approx(by_hand, rel=1e-4)
     assert found[1]["rating"] is None
