@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: TF-IDF rows have norm 1; their kernel is scaled to this mean diagonal so that one range of lambdas serves all.
 KERNEL_SCALE = 1000.0
 #: Above this many rows TF-IDF is reduced to this many dimensions (truncated SVD) instead of a rows x rows kernel.
-KERNEL_ROWS, SVD_DIMENSIONS = 5000, 512
+KERNEL_ROWS, SVD_DIMENSIONS = 4000, 512
 
 REFUSAL = re.compile(
     r"\b(sorry|cannot|can't|can’t|unable|won't|won’t|not able|apologi[sz]e|regret|decline|as an ai|inappropriate)\b",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 # Before torch is imported: threads that spin while they wait are 20 times slower beside a busy neighbour.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # No test asks the network for a model; transformers and datasets read this when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
