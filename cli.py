@@ -135,7 +135,7 @@ def probe(
         nested_draws=200 if nested_null else 0,
         controls=controls,
     )
-    out.notes([*subject.notes, *encoder.notes, *rated.notes])
+    out.notes([*subject.notes, *encoder.notes, *rated.notes, *grid.few_prompts(rated)])
     folder = runs.folder("probe", subject.name, rated.name, settings.key(subject, rated, encoder), workspace)
     result = runs.load_grid(folder)
     if result is None:

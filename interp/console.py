@@ -61,6 +61,7 @@ def calm() -> None:
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the Hub client sets its own logger when imported
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
@@ -83,6 +84,8 @@ class Console:
         from rich.console import Console as Rich
 
         self.as_json, self.quiet, self.began = as_json, quiet, time.perf_counter()
+        if quiet:
+            os.environ["TQDM_DISABLE"] = "1"
         self.err = Rich(stderr=True, quiet=quiet, highlight=False)
         self.out = Rich(quiet=as_json, highlight=False)
 

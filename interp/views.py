@@ -31,7 +31,7 @@ def show_probe(out: Console, facts: dict[str, Any]) -> None:
         f"{len(facts['layers'])} layers x {len(facts['positions'])} positions at {facts['site']}"
     )
     columns = ("out of fold", "r [95%]", "within-prompt accuracy", "MAE", "slope")
-    rows = [("probe (layer, position, lambda nested)", held)]
+    rows = [("probe", held)]
     rows += [(name.replace("_", " "), found) for name, found in facts["baselines"].items()]
     rows += [(name.replace("_", " "), found) for name, found in facts.get("controls", {}).items()]
     lines = [
@@ -48,8 +48,11 @@ def show_probe(out: Console, facts: dict[str, Any]) -> None:
     ]
     if null["nested_p"] is not None:
         p.append(f"nested p {number(null['nested_p'], 3)} ({null['nested_draws']} draws)")
-    out.say(f"added to the stack of baselines: r {estimate(facts['added_value'], 'pearson', 3)}")
-    out.say(f"within prompts, over {gain['baseline']} trained for it: accuracy {estimate(gain, 'accuracy', 3)}")
+    added = facts["added_value"]
+    sign = "+" if (added["pearson"] or 0) >= 0 else ""
+    out.say(f"the probe adds to the stack of baselines: r {sign}{estimate(added, 'pearson', 3)}")
+    if gain["baseline"]:
+        out.say(f"within prompts, over {gain['baseline']} trained for it: accuracy {estimate(gain, 'accuracy', 3)}")
     out.say(f"nulls: {', '.join(p)}; three fold seeds{offered} r {spread}")
     out.say(
         f"control task (random rating per prompt, folds of rows): r {number(null['control_pearson'])}, "
@@ -119,6 +122,6 @@ def show_scores(out: Console, facts: dict[str, Any]) -> None:
             share = min(max((item["rating"] - low) / (high - low), 0), 1)
             bar = "█" * round(16 * share)
         rows.append((text[:60] + ("…" if len(text) > 60 else ""), number(item["rating"]), bar))
-    out.table(
-        (f"completion (probe at layer {facts['layer']}, {facts['position']})", f"rating {low:g}-{high:g}", ""), rows
-    )
+    r = number(facts["heldout_pearson"])
+    probe = f"completion (probe at layer {facts['layer']}, {facts['position']}; held-out r {r})"
+    out.table((probe, f"rating {low:g}-{high:g}", ""), rows)

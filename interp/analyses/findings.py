@@ -216,7 +216,8 @@ def finding(facts: dict[str, Any]) -> str:
     r = f"held-out r = {held['pearson']:.2f} [{held['pearson_ci'][0]:.2f}, {held['pearson_ci'][1]:.2f}]"
     p = f"p {_p(null['corrected_p'], null['draws'])} corrected over {len(facts['layers']) * len(facts['positions'])} cells"
     if not (null["corrected_p"] < 0.01 and held["pearson_ci"][0] > 0):
-        return f"No evidence that the rating can be read from the residual stream: {r}, {p}."
+        needed = "evidence needs a corrected p below 0.01 and an interval above 0"
+        return f"No evidence that the rating can be read from the residual stream: {r}, {p} ({needed})."
     base = facts["baselines"]["stack"]["pearson"]
     text = f"The rating can be read ({where}): {r}, {p}"
     if added["pearson_ci"] is None or base is None:

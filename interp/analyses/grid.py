@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from interp.models import Subject
     from interp.probes import Probe, ProbeGrid
 
+#: Below this many prompts a run says that its figures are rough.
+FEW_PROMPTS = 60
+
 #: Raised whenever a figure is computed otherwise than before, so that no old result is read for a new one.
 RESULTS = 2
 
@@ -155,7 +158,7 @@ def compute(
         **found,
         "null": tests,
         **controls,
-        "assumptions": [*subject.notes, *encoder.notes, *rated.notes],
+        "assumptions": [*subject.notes, *encoder.notes, *rated.notes, *few_prompts(kept)],
         "seconds": clock.seconds(),
     }
     facts["finding"] = finding(facts)
@@ -163,6 +166,13 @@ def compute(
         activations, grid.best, labels.y, kept.scale, _provenance(subject, kept, encoder, settings, facts)
     )
     return GridResult(facts, _table(labels, columns), probe)
+
+
+def few_prompts(rated: RatedSet) -> list[str]:
+    """A warning where there are too few prompts for the intervals to be trusted."""
+    prompts = len(np.unique(rated.groups))
+    few = f"only {prompts} prompts: r is biased downwards and intervals, given the fitted folds, are too narrow"
+    return [few] if prompts < FEW_PROMPTS else []
 
 
 def _circumstances(
