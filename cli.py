@@ -137,7 +137,7 @@ def probe(
     )
     out.notes([*subject.notes, *encoder.notes, *rated.notes, *grid.few_prompts(rated)])
     folder = runs.folder("probe", subject.name, rated.name, settings.key(subject, rated, encoder), workspace)
-    result = runs.load_grid(folder)
+    saved = result = runs.load_grid(folder)
     if result is None:
         with out.progress() as stage:
             options = {"workspace_dir": workspace, "batch_tokens": batch_tokens, "progress": stage}
@@ -146,7 +146,8 @@ def probe(
         out.notes([f"read from {folder} (same model, data and settings)"])
     drawn = runs.draw(result, figures / folder.name, "python cli.py " + " ".join(sys.argv[1:]))
     facts = {**result.facts, "run_dir": str(folder), "figures": [str(path) for path in drawn]}
-    runs.save_grid(replace(result, facts=facts), folder)
+    if saved is None:
+        runs.save_grid(replace(result, facts=facts), folder)
     views.show_probe(out, facts)
     out.json(facts)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interp import InterpError
-from interp.artifacts import atomic, atomic_folder, load_json, save_json, workspace
+from interp.artifacts import atomic_folder, load_json, save_json, workspace
 from interp.probes import Probe
 
 if TYPE_CHECKING:
@@ -100,10 +100,3 @@ def find_probe(
     raise InterpError(
         f"no probe was fitted on {subject.name} yet: run `python cli.py probe --model {subject.name}` first"
     )
-
-
-def ship(path: Path) -> Path:
-    """Make the probe of a run the shipped one (for the project's maintainers)."""
-    with atomic(SHIPPED) as temporary:
-        temporary.write_bytes((path / "probe.safetensors").read_bytes())
-    return SHIPPED
